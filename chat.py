@@ -1,0 +1,303 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.14,<4"]
+# ///
+"""The smallest real chat: one room, one process, WebSockets (RFC 6455).
+
+`python chat.py` serves the page, chat.html, at / and the room at /ws?user=NAME. Everyone
+in the room hears everything said in it, in the same order. A message is the same bytes
+for everyone, so it is encoded once; and all that is said in one pass of the event loop
+leaves in one write to each user. There are no passwords, and nothing is stored.
+"""
+
+import argparse
+import asyncio
+import html
+import logging
+import re
+import struct
+import sys
+import time
+from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
+
+from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp.http import HttpProcessingError
+
+PAGE = Path(__file__).with_name("chat.html")
+MAX_NAME = 32  # characters in a user's name
+MAX_MESSAGE = 2**20  # bytes in a message; a longer one closes its sender with 1009
+MAX_BATCH = 2**18  # bytes said but not yet sent, from which on speakers wait
+MAX_BEHIND = 2**22  # bytes waiting for a user, from which on the user is let go
+BURST = 2**20  # bytes a user may say at once; from then on ...
+RATE = 2**18  # ... bytes a second, as the server reads that socket no faster
+OVERHEAD = 64  # bytes that a message counts on top, so that tiny ones are not free
+NAP = 0.1  # seconds at most between two looks at a user who has to wait
+NOTICE_DELAY = 0.1  # seconds in which changes of the user list share one notice
+HEARTBEAT = 25  # seconds of silence before a ping; its pong has half as long
+CLOSE_TIMEOUT = 2  # seconds for a closed user to take what is left and to answer
+
+log = logging.getLogger("chat")
+
+
+def text_frame(text: str) -> bytes:
+    """Return `text` as one text frame, unmasked (RFC 6455, section 5.2)."""
+    payload = text.encode()
+    size = len(payload)
+    if size < 126:
+        return struct.pack("!BB", 0x81, size) + payload
+    if size < 2**16:
+        return struct.pack("!BBH", 0x81, 126, size) + payload
+    return struct.pack("!BBQ", 0x81, 127, size) + payload
+
+
+REFRESH_USERS = text_frame("{{RefreshUsers}}")  # unlike all that users say: no "NAME: "
+
+
+class User(web.WebSocketResponse):
+    """The socket of one user, who is in `room` from login until close."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, room: "Room", name: str) -> None:
+        super().__init__(
+            timeout=CLOSE_TIMEOUT,
+            heartbeat=HEARTBEAT,
+            autoping=False,  # `talk` answers pings, and counts them
+            compress=False,  # what is compressed is not the same bytes for everyone
+            max_msg_size=MAX_MESSAGE + 1,  # in aiohttp, the first size that is too big
+        )
+        self.room = room
+        self.name = name
+        self.paid_until = 0.0  # time.monotonic() when all that was said is paid for
+
+    async def pay(self, size: int) -> None:
+        """Wait until the user's token bucket has `size` bytes; TCP then pushes back."""
+        start = max(self.paid_until, time.monotonic() - BURST / RATE)
+        self.paid_until = start + (size + OVERHEAD) / RATE
+        while (debt := self.paid_until - time.monotonic()) > 0:
+            if self.transport.is_closing():
+                return
+            await asyncio.sleep(min(debt, NAP))
+
+    async def close(
+        self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = True
+    ) -> bool:
+        """Leave the room, then close as aiohttp does.
+
+        aiohttp itself calls this when the peer closes, is gone, or breaks the protocol,
+        and the closing handshake may take its time: the name is free before it.
+        """
+        reason = message.decode() or ("" if code == 1000 else WSCloseCode(code).name)
+        self.room.leave(self, f"was let go: {reason}" if reason else "logged off")
+        return await super().close(code=code, message=message, drain=drain)
+
+
+class Room:
+    """Who is logged in, and what has been said but not sent yet."""
+
+    def __init__(self) -> None:
+        self.users: dict[str, User] = {}  # by name, in order of login
+        self.batch: list[bytes] = []  # whole frames
+        self.batch_size = 0  # bytes
+        self.flushed = asyncio.Event()
+        self.notice: asyncio.TimerHandle | None = None
+
+    def enter(self, user: User) -> None:
+        """Log `user` in, under a name that nobody in the room has."""
+        self.users[user.name] = user
+        log.info("%s logged in, %d here", user.name, len(self.users))
+        self.users_changed()
+
+    def leave(self, user: User, why: str) -> None:
+        """Free the name of `user`, the first time it is called."""
+        if self.users.get(user.name) is user:
+            del self.users[user.name]
+            log.info("%s %s, %d left", user.name, why, len(self.users))
+            self.users_changed()
+            # Closing, a transport sends what it holds: to a stalled peer, for ever.
+            loop = asyncio.get_running_loop()
+            loop.call_later(CLOSE_TIMEOUT, user.transport.abort)
+
+    def users_changed(self) -> None:
+        """Have everyone told, once for all changes of the next NOTICE_DELAY seconds."""
+        if self.notice is None:
+            loop = asyncio.get_running_loop()
+            self.notice = loop.call_later(NOTICE_DELAY, self.announce)
+
+    def announce(self) -> None:
+        self.notice = None
+        self.say(REFRESH_USERS)
+
+    def say(self, frame: bytes) -> None:
+        """Add `frame` to the batch, which leaves at the end of this pass of the loop."""
+        if not self.batch:
+            self.flushed.clear()
+            asyncio.get_running_loop().call_soon(self.flush)
+        self.batch.append(frame)
+        self.batch_size += len(frame)
+
+    def flush(self) -> None:
+        batch = b"".join(self.batch)
+        self.batch.clear()
+        self.batch_size = 0
+        self.flushed.set()
+        self.deliver(batch)
+
+    def deliver(self, batch: bytes) -> None:
+        """Write `batch`, whole frames, once to each user; let go who is too far behind."""
+        for user in list(self.users.values()):
+            if not user.prepared or user.transport.is_closing():
+                continue
+            user.transport.write(batch)
+            if user.transport.get_write_buffer_size() > MAX_BEHIND:
+                self.leave(user, "was let go: too far behind")
+                user.transport.abort()
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close every socket; takes CLOSE_TIMEOUT, even if nobody answers."""
+        message = reason.encode()
+        closing = [u.close(code=code, message=message) for u in self.users.values()]
+        await asyncio.gather(*closing, return_exceptions=True)
+
+
+ROOM = web.AppKey("room", Room)
+
+
+def from_elsewhere(request: web.Request) -> bool:
+    """Tell whether a browser sent `request` for a page that is not this host's."""
+    origin = request.headers.get("Origin")  # scheme://host:port, or null
+    host = request.host.lower()
+    return origin is not None and origin.partition("://")[2].lower() != host
+
+
+def from_operator(request: web.Request) -> bool:
+    """Tell whether somebody on this machine, not a page of another site, sent `request`."""
+    headers = request.headers
+    return (
+        ip_address(request.remote or "::").is_loopback
+        and not any(h in headers for h in ("Forwarded", "X-Forwarded-For", "Via"))
+        and headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+        and not from_elsewhere(request)
+        # Under another name than this, the page may be another site's (DNS rebinding).
+        and bool(re.fullmatch(r"(localhost|127[.\d]+|\[::1])(:\d+)?", request.host))
+    )
+
+
+async def page(request: web.Request) -> web.StreamResponse:
+    """Answer with the page, or with what the query asks for, as in the article."""
+    room = request.app[ROOM]
+    content_type = "text/plain"
+    if request.query.get("getUsers") == "1":
+        names = map(html.escape, room.users)
+        text = "\r\n".join(f'<option value="{name}">{name}</option>' for name in names)
+        content_type = "text/html"
+    elif request.query.get("getUsers2") == "1":
+        text = "\r\n".join(room.users)
+    elif request.query.get("resetUsers") == "1" and request.method != "HEAD":
+        if not from_operator(request):
+            raise web.HTTPForbidden(
+                text="Only the operator may reset the users: from the server's machine, "
+                "as localhost, through no proxy and from no other site"
+            )
+        await room.close(WSCloseCode.OK, "the users were reset")
+        text = "Users reseted"
+    else:
+        return web.FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
+    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    return web.Response(text=text, content_type=content_type, headers=headers)
+
+
+async def talk(request: web.Request) -> web.WebSocketResponse:
+    """Log a user in, and pass on what the user says until the user leaves.
+
+    Raises HTTPForbidden, HTTPBadRequest, HTTPConflict or HTTPUpgradeRequired, with the
+    reason as its text.
+    """
+    room = request.app[ROOM]
+    name = request.query.get("user", "").strip()
+    if from_elsewhere(request):
+        raise web.HTTPForbidden(text="The pages of other sites may not log in")
+    if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or ":" in name:
+        rule = f"1 to {MAX_NAME} printable characters, no colon"
+        raise web.HTTPBadRequest(text=f"This is not a user name: {rule}")
+    if name in room.users:
+        raise web.HTTPConflict(text=f"User {name} already logged in")
+    user = User(room, name)
+    if not user.can_prepare(request) or request.transport is None:
+        raise web.HTTPUpgradeRequired(
+            text="Connect to this address with a WebSocket",
+            headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
+        )
+    user.transport = request.transport
+    room.enter(user)  # the name is still free: no await since it was looked up
+    try:
+        await user.prepare(request)
+        async for message in user:
+            if message.type is WSMsgType.ERROR:
+                continue  # aiohttp has closed the socket, the loop ends
+            if message.type is WSMsgType.PING:
+                await user.pong(message.data)
+            frame = message.data
+            if message.type is WSMsgType.TEXT:
+                while room.batch_size > MAX_BATCH:
+                    await room.flushed.wait()
+                frame = text_frame(f"{name}: {message.data}")
+                room.say(frame)
+            await user.pay(len(frame))
+    except ConnectionError:
+        pass  # the peer is gone
+    finally:
+        room.leave(user, "lost the connection")
+    return user
+
+
+async def on_shutdown(app: web.Application) -> None:
+    await app[ROOM].close(WSCloseCode.GOING_AWAY, "the server stops")
+
+
+def make_app() -> web.Application:
+    """Return the chat as an application with a room of its own, app[ROOM]."""
+    app = web.Application()
+    app[ROOM] = Room()
+    app.router.add_get("/", page)
+    app.router.add_post("/", page)
+    app.router.add_get("/ws", talk, allow_head=False)
+    app.on_shutdown.append(on_shutdown)
+    return app
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Keep the tracebacks of requests that were not HTTP, answered 400, off the log."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+def main() -> None:
+    """Serve the chat until Ctrl-C or SIGTERM; if that cannot be, say why and exit."""
+    parser = argparse.ArgumentParser(description="The smallest real chat")
+    parser.add_argument("--host", default="localhost", help="%(default)s if not given")
+    parser.add_argument(
+        "--port", default=8080, type=int, help="%(default)s if not given"
+    )
+    args = parser.parse_args()
+    if not 0 <= args.port < 2**16:  # aiohttp would wrap it around
+        sys.exit(f"chat.py: there is no port {args.port}, the highest is 65535")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("aiohttp.server").addFilter(is_news)
+    try:
+        web.run_app(
+            make_app(),
+            host=args.host,
+            port=args.port,
+            print=partial(print, flush=True),
+            access_log=None,
+            backlog=1024,  # after a restart, everyone comes back at once
+            shutdown_timeout=1,
+        )
+    except OSError as error:
+        sys.exit(f"chat.py: cannot serve {args.host}:{args.port}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()
