@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14,<4"]
+# dependencies = ["aiohttp>=3.11,<4"]
 # ///
 """The smallest real chat: one room, one process, WebSockets (RFC 6455).
 
@@ -41,18 +41,18 @@ CLOSE_TIMEOUT = 2  # seconds for a closed user to take what is left and to answe
 log = logging.getLogger("chat")
 
 
-def text_frame(text: str) -> bytes:
-    """Return `text` as one text frame, unmasked (RFC 6455, section 5.2)."""
-    payload = text.encode()
-    size = len(payload)
+def frame(opcode: int, payload: bytes) -> bytes:
+    """Return a whole frame, unmasked, as a server sends it (RFC 6455, section 5.2)."""
+    first, size = 0x80 | opcode, len(payload)  # 0x80: no fragments follow
     if size < 126:
-        return struct.pack("!BB", 0x81, size) + payload
+        return struct.pack("!BB", first, size) + payload
     if size < 2**16:
-        return struct.pack("!BBH", 0x81, 126, size) + payload
-    return struct.pack("!BBQ", 0x81, 127, size) + payload
+        return struct.pack("!BBH", first, 126, size) + payload
+    return struct.pack("!BBQ", first, 127, size) + payload
 
 
-REFRESH_USERS = text_frame("{{RefreshUsers}}")  # unlike all that users say: no "NAME: "
+# Nobody else's: what users say begins with "NAME: ".
+REFRESH_USERS = frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
 
 
 class User(web.WebSocketResponse):
@@ -64,7 +64,7 @@ class User(web.WebSocketResponse):
         super().__init__(
             timeout=CLOSE_TIMEOUT,
             heartbeat=HEARTBEAT,
-            autoping=False,  # `talk` answers pings, and counts them
+            autoping=False,  # pings are answered in `talk`, where they count as talk
             compress=False,  # what is compressed is not the same bytes for everyone
             max_msg_size=MAX_MESSAGE + 1,  # in aiohttp, the first size that is too big
         )
@@ -80,18 +80,6 @@ class User(web.WebSocketResponse):
             if self.transport.is_closing():
                 return
             await asyncio.sleep(min(debt, NAP))
-
-    async def close(
-        self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = True
-    ) -> bool:
-        """Leave the room, then close as aiohttp does.
-
-        aiohttp itself calls this when the peer closes, is gone, or breaks the protocol,
-        and the closing handshake may take its time: the name is free before it.
-        """
-        reason = message.decode() or ("" if code == 1000 else WSCloseCode(code).name)
-        self.room.leave(self, f"was let go: {reason}" if reason else "logged off")
-        return await super().close(code=code, message=message, drain=drain)
 
 
 class Room:
@@ -146,19 +134,27 @@ class Room:
         self.deliver(batch)
 
     def deliver(self, batch: bytes) -> None:
-        """Write `batch`, whole frames, once to each user; let go who is too far behind."""
+        """Write `batch`, whole frames, to everyone."""
         for user in list(self.users.values()):
-            if not user.prepared or user.transport.is_closing():
-                continue
-            user.transport.write(batch)
+            self.write(user, batch)
+
+    def write(self, user: User, frames: bytes) -> None:
+        """Write `frames` to `user`, without waiting; let go a user too far behind."""
+        if user.prepared and not user.transport.is_closing():
+            user.transport.write(frames)
             if user.transport.get_write_buffer_size() > MAX_BEHIND:
                 self.leave(user, "was let go: too far behind")
                 user.transport.abort()
 
     async def close(self, code: int, reason: str) -> None:
-        """Close every socket; takes CLOSE_TIMEOUT, even if nobody answers."""
+        """Log everyone off; takes CLOSE_TIMEOUT at most, even if nobody answers."""
+        users = list(self.users.values())
+        for user in users:
+            self.leave(user, f"was let go: {reason}")
         message = reason.encode()
-        closing = [u.close(code=code, message=message) for u in self.users.values()]
+        closing = [
+            user.close(code=code, message=message, drain=False) for user in users
+        ]
         await asyncio.gather(*closing, return_exceptions=True)
 
 
@@ -232,24 +228,27 @@ async def talk(request: web.Request) -> web.WebSocketResponse:
         )
     user.transport = request.transport
     room.enter(user)  # the name is still free: no await since it was looked up
+    why = "logged off"
     try:
         await user.prepare(request)
         async for message in user:
             if message.type is WSMsgType.ERROR:
-                continue  # aiohttp has closed the socket, the loop ends
-            if message.type is WSMsgType.PING:
-                await user.pong(message.data)
-            frame = message.data
+                why = f"was let go: {message.data}"  # aiohttp has closed the socket
+                continue
             if message.type is WSMsgType.TEXT:
                 while room.batch_size > MAX_BATCH:
                     await room.flushed.wait()
-                frame = text_frame(f"{name}: {message.data}")
-                room.say(frame)
-            await user.pay(len(frame))
+                said = frame(WSMsgType.TEXT, f"{name}: {message.data}".encode())
+                room.say(said)
+            else:
+                said = message.data
+                if message.type is WSMsgType.PING:
+                    room.write(user, frame(WSMsgType.PONG, said))
+            await user.pay(len(said))
     except ConnectionError:
-        pass  # the peer is gone
+        why = "lost the connection"
     finally:
-        room.leave(user, "lost the connection")
+        room.leave(user, why)
     return user
 
 
