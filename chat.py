@@ -6,8 +6,8 @@
 
 `python chat.py` serves the page, chat.html, at / and the room at /ws?user=NAME. Everyone
 in the room hears everything said in it, in the same order. A message is the same bytes
-for everyone, so it is encoded once; and all that is said in one pass of the event loop
-leaves in one write to each user. There are no passwords, and nothing is stored.
+for everyone, so it is encoded once; and all that is said in one iteration of the event
+loop leaves in one write to each user. There are no passwords, and nothing is stored.
 """
 
 import argparse
@@ -28,15 +28,15 @@ from aiohttp.http import HttpProcessingError
 PAGE = Path(__file__).with_name("chat.html")
 MAX_NAME = 32  # characters in a user's name
 MAX_MESSAGE = 2**20  # bytes in a message; a longer one closes its sender with 1009
-MAX_BATCH = 2**18  # bytes said but not yet sent, from which on speakers wait
-MAX_BEHIND = 2**22  # bytes waiting for a user, from which on the user is let go
-BURST = 2**20  # bytes a user may say at once; from then on ...
-RATE = 2**18  # ... bytes a second, as the server reads that socket no faster
-OVERHEAD = 64  # bytes that a message counts on top, so that tiny ones are not free
-NAP = 0.1  # seconds at most between two looks at a user who has to wait
-NOTICE_DELAY = 0.1  # seconds in which changes of the user list share one notice
-HEARTBEAT = 25  # seconds of silence before a ping; its pong has half as long
-CLOSE_TIMEOUT = 2  # seconds for a closed user to take what is left and to answer
+MAX_BATCH = 2**18  # bytes said but not yet sent; above, whoever has more to say waits
+MAX_BEHIND = 2**22  # bytes sent to a user but not yet taken; above, the user is let go
+BURST = 2**20  # bytes a user may say at once: the size of the token bucket
+RATE = 2**18  # bytes a second a user may say then: its refill
+OVERHEAD = 64  # bytes a message costs on top of its own, so that tiny ones are not free
+NAP = 0.1  # seconds between looks at whether a user who must wait is still connected
+NOTICE_DELAY = 0.1  # seconds; changes of the user list within it share one notice
+HEARTBEAT = 25  # seconds of silence before a ping; the pong has half of that
+CLOSE_TIMEOUT = 2  # seconds for a user who leaves to take what was sent, then abort
 
 log = logging.getLogger("chat")
 
@@ -56,24 +56,26 @@ REFRESH_USERS = frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
 
 
 class User(web.WebSocketResponse):
-    """The socket of one user, who is in `room` from login until close."""
+    """The WebSocket of one user."""
 
-    transport: asyncio.Transport
+    transport: asyncio.Transport  # that of the request, once it is about to be prepared
 
-    def __init__(self, room: "Room", name: str) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__(
             timeout=CLOSE_TIMEOUT,
             heartbeat=HEARTBEAT,
-            autoping=False,  # pings are answered in `talk`, where they count as talk
+            autoping=False,  # else aiohttp answers a flood of pings unseen, for free
             compress=False,  # what is compressed is not the same bytes for everyone
             max_msg_size=MAX_MESSAGE + 1,  # in aiohttp, the first size that is too big
         )
-        self.room = room
         self.name = name
-        self.paid_until = 0.0  # time.monotonic() when all that was said is paid for
+        self.paid_until = 0.0  # time.monotonic() at which all that was said is paid
 
     async def pay(self, size: int) -> None:
-        """Wait until the user's token bucket has `size` bytes; TCP then pushes back."""
+        """Charge a message of `size` bytes to the token bucket; wait while overdrawn.
+
+        Nobody reads the socket meanwhile: its buffers fill, and TCP slows the user down.
+        """
         start = max(self.paid_until, time.monotonic() - BURST / RATE)
         self.paid_until = start + (size + OVERHEAD) / RATE
         while (debt := self.paid_until - time.monotonic()) > 0:
@@ -89,48 +91,47 @@ class Room:
         self.users: dict[str, User] = {}  # by name, in order of login
         self.batch: list[bytes] = []  # whole frames
         self.batch_size = 0  # bytes
-        self.flushed = asyncio.Event()
         self.notice: asyncio.TimerHandle | None = None
 
     def enter(self, user: User) -> None:
-        """Log `user` in, under a name that nobody in the room has."""
+        """Log `user` in. That the name is free, the caller has just seen."""
         self.users[user.name] = user
         log.info("%s logged in, %d here", user.name, len(self.users))
         self.users_changed()
 
     def leave(self, user: User, why: str) -> None:
-        """Free the name of `user`, the first time it is called."""
+        """Log `user` off, unless that was done before, and free the name at once."""
         if self.users.get(user.name) is user:
             del self.users[user.name]
             log.info("%s %s, %d left", user.name, why, len(self.users))
             self.users_changed()
-            # Closing, a transport sends what it holds: to a stalled peer, for ever.
+            # transport.close() waits for its buffer to drain: if the peer stalls, for ever.
             loop = asyncio.get_running_loop()
             loop.call_later(CLOSE_TIMEOUT, user.transport.abort)
 
     def users_changed(self) -> None:
-        """Have everyone told, once for all changes of the next NOTICE_DELAY seconds."""
+        """Schedule one notice for all changes of the next NOTICE_DELAY seconds."""
         if self.notice is None:
             loop = asyncio.get_running_loop()
             self.notice = loop.call_later(NOTICE_DELAY, self.announce)
 
     def announce(self) -> None:
+        """Tell everyone to ask for the list of users again."""
         self.notice = None
         self.say(REFRESH_USERS)
 
     def say(self, frame: bytes) -> None:
-        """Add `frame` to the batch, which leaves at the end of this pass of the loop."""
+        """Add `frame` to the batch, which leaves on the event loop's next iteration."""
         if not self.batch:
-            self.flushed.clear()
             asyncio.get_running_loop().call_soon(self.flush)
         self.batch.append(frame)
         self.batch_size += len(frame)
 
     def flush(self) -> None:
+        """Deliver the batch, and begin the next."""
         batch = b"".join(self.batch)
         self.batch.clear()
         self.batch_size = 0
-        self.flushed.set()
         self.deliver(batch)
 
     def deliver(self, batch: bytes) -> None:
@@ -148,22 +149,20 @@ class Room:
 
     async def close(self, code: int, reason: str) -> None:
         """Log everyone off; takes CLOSE_TIMEOUT at most, even if nobody answers."""
-        users = list(self.users.values())
-        for user in users:
+        closing = []
+        for user in list(self.users.values()):
             self.leave(user, f"was let go: {reason}")
-        message = reason.encode()
-        closing = [
-            user.close(code=code, message=message, drain=False) for user in users
-        ]
+            closing.append(user.close(code=code, message=reason.encode(), drain=False))
         await asyncio.gather(*closing, return_exceptions=True)
 
 
 ROOM = web.AppKey("room", Room)
 
 
-def from_elsewhere(request: web.Request) -> bool:
-    """Tell whether a browser sent `request` for a page that is not this host's."""
-    origin = request.headers.get("Origin")  # scheme://host:port, or null
+def is_cross_origin(request: web.Request) -> bool:
+    """Tell whether a page of another host sent `request` (RFC 6455, section 10.2)."""
+    # scheme://host:port, or null; the scheme may differ, if a proxy does the TLS
+    origin = request.headers.get("Origin")
     host = request.host.lower()
     return origin is not None and origin.partition("://")[2].lower() != host
 
@@ -175,14 +174,14 @@ def from_operator(request: web.Request) -> bool:
         ip_address(request.remote or "::").is_loopback
         and not any(h in headers for h in ("Forwarded", "X-Forwarded-For", "Via"))
         and headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-        and not from_elsewhere(request)
+        and not is_cross_origin(request)
         # Under another name than this, the page may be another site's (DNS rebinding).
         and bool(re.fullmatch(r"(localhost|127[.\d]+|\[::1])(:\d+)?", request.host))
     )
 
 
 async def page(request: web.Request) -> web.StreamResponse:
-    """Answer with the page, or with what the query asks for, as in the article."""
+    """Answer with the page, or with what the query asks for, in the article's words."""
     room = request.app[ROOM]
     content_type = "text/plain"
     if request.query.get("getUsers") == "1":
@@ -205,7 +204,7 @@ async def page(request: web.Request) -> web.StreamResponse:
     return web.Response(text=text, content_type=content_type, headers=headers)
 
 
-async def talk(request: web.Request) -> web.WebSocketResponse:
+async def websocket(request: web.Request) -> web.WebSocketResponse:
     """Log a user in, and pass on what the user says until the user leaves.
 
     Raises HTTPForbidden, HTTPBadRequest, HTTPConflict or HTTPUpgradeRequired, with the
@@ -213,40 +212,44 @@ async def talk(request: web.Request) -> web.WebSocketResponse:
     """
     room = request.app[ROOM]
     name = request.query.get("user", "").strip()
-    if from_elsewhere(request):
+    if is_cross_origin(request):
         raise web.HTTPForbidden(text="The pages of other sites may not log in")
     if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or ":" in name:
         rule = f"1 to {MAX_NAME} printable characters, no colon"
         raise web.HTTPBadRequest(text=f"This is not a user name: {rule}")
     if name in room.users:
         raise web.HTTPConflict(text=f"User {name} already logged in")
-    user = User(room, name)
+    user = User(name)
     if not user.can_prepare(request) or request.transport is None:
         raise web.HTTPUpgradeRequired(
             text="Connect to this address with a WebSocket",
             headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
         )
     user.transport = request.transport
-    room.enter(user)  # the name is still free: no await since it was looked up
-    why = "logged off"
+    room.enter(user)  # no await since the name was looked up: it is still free
+    why = "lost the connection"
     try:
         await user.prepare(request)
         async for message in user:
-            if message.type is WSMsgType.ERROR:
-                why = f"was let go: {message.data}"  # aiohttp has closed the socket
-                continue
+            if message.type is WSMsgType.ERROR:  # and aiohttp has closed the WebSocket
+                why = f"was let go: {message.data}"
+                break
+            said = message.data  # of a binary message, a ping or a pong
             if message.type is WSMsgType.TEXT:
                 while room.batch_size > MAX_BATCH:
-                    await room.flushed.wait()
+                    await asyncio.sleep(0)
+                if room.users.get(name) is not user:
+                    break  # let go, with messages left in aiohttp's queue
                 said = frame(WSMsgType.TEXT, f"{name}: {message.data}".encode())
                 room.say(said)
-            else:
-                said = message.data
-                if message.type is WSMsgType.PING:
-                    room.write(user, frame(WSMsgType.PONG, said))
+            elif message.type is WSMsgType.PING:
+                room.write(user, frame(WSMsgType.PONG, said))
             await user.pay(len(said))
+        else:
+            if user.close_code != WSCloseCode.ABNORMAL_CLOSURE:
+                why = "logged off"
     except ConnectionError:
-        why = "lost the connection"
+        pass
     finally:
         room.leave(user, why)
     return user
@@ -262,28 +265,26 @@ def make_app() -> web.Application:
     app[ROOM] = Room()
     app.router.add_get("/", page)
     app.router.add_post("/", page)
-    app.router.add_get("/ws", talk, allow_head=False)
+    app.router.add_get("/ws", websocket, allow_head=False)
     app.on_shutdown.append(on_shutdown)
     return app
 
 
-def is_news(record: logging.LogRecord) -> bool:
-    """Keep the tracebacks of requests that were not HTTP, answered 400, off the log."""
+def is_not_bad_request(record: logging.LogRecord) -> bool:
+    """Keep tracebacks of what was not HTTP, and was answered with 400, off the log."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def main() -> None:
     """Serve the chat until Ctrl-C or SIGTERM; if that cannot be, say why and exit."""
     parser = argparse.ArgumentParser(description="The smallest real chat")
-    parser.add_argument("--host", default="localhost", help="%(default)s if not given")
-    parser.add_argument(
-        "--port", default=8080, type=int, help="%(default)s if not given"
-    )
+    parser.add_argument("--host", default="localhost", help="default: %(default)s")
+    parser.add_argument("--port", default=8080, type=int, help="default: %(default)s")
     args = parser.parse_args()
     if not 0 <= args.port < 2**16:  # aiohttp would wrap it around
         sys.exit(f"chat.py: there is no port {args.port}, the highest is 65535")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("aiohttp.server").addFilter(is_news)
+    logging.getLogger("aiohttp.server").addFilter(is_not_bad_request)
     try:
         web.run_app(
             make_app(),

@@ -565,7 +565,7 @@ async def test_500_users_joining_at_once_all_get_in_with_few_notices(client):
         while (text := await sockets[0].receive_str()) != "user0: all here":
             notices += text == REFRESH
     assert notices < 100
-    await asyncio.gather(*(notice(ws) for ws in sockets))  # the last to come are told
+    await asyncio.gather(*map(notice, sockets[1:]))  # nobody is left out
 
 
 # Nobody holds up anybody
@@ -686,6 +686,17 @@ async def test_who_leaves_without_reading_is_cut_off(client, no_rate, monkeypatc
     await until(lambda: not user.transport.get_write_buffer_size())
 
 
+async def test_who_was_let_go_is_heard_no_more(client, monkeypatch):
+    listener = await login(client, "Jill")
+    peer = await Peer.login(client.port, "Jack")
+    peer.writer.write(Peer.frame(TEXT, bytes(1000)) * 2000)  # paid for in 4 s
+    await hear(listener)
+    room(client).leave(room(client).users["Jack"], "was let go")
+    await notice(listener)
+    await listener.send_str("peace")
+    assert await hear(listener) == ["Jill: peace"]
+
+
 async def test_who_takes_no_pongs_is_let_go_like_who_takes_no_messages(
     client, no_rate, monkeypatch
 ):
@@ -797,6 +808,10 @@ async def test_the_log_has_a_line_for_each_coming_and_going_and_no_other():
         joe = await session.ws_connect(f"{url}/ws?user=Joe")
         await session.get(f"{url}/?resetUsers=1")
         await closing(joe)
+        (await Peer.login(port, "Ann")).vanish()
+        async with asyncio.timeout(LIMIT):
+            while await (await session.get(f"{url}/?getUsers2=1")).text():
+                pass
         process.terminate()
         _, stderr = await outcome(process)
     # each line begins with the date and the time
@@ -807,6 +822,8 @@ async def test_the_log_has_a_line_for_each_coming_and_going_and_no_other():
         "Jack was let go: Message size 1048577 exceeds limit 1048577, 0 left",
         "Joe logged in, 1 here",
         "Joe was let go: the users were reset, 0 left",
+        "Ann logged in, 1 here",
+        "Ann lost the connection, 0 left",
     ]
 
 
