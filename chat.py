@@ -83,6 +83,12 @@ class User(web.WebSocketResponse):
                 return
             await asyncio.sleep(min(debt, NAP))
 
+    async def close(
+        self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = False
+    ) -> bool:
+        """Close as aiohttp does, which calls this too, but wait for no stalled peer."""
+        return await super().close(code=code, message=message, drain=False)
+
 
 class Room:
     """Who is logged in, and what has been said but not sent yet."""
@@ -152,7 +158,7 @@ class Room:
         closing = []
         for user in list(self.users.values()):
             self.leave(user, f"was let go: {reason}")
-            closing.append(user.close(code=code, message=reason.encode(), drain=False))
+            closing.append(user.close(code=code, message=reason.encode()))
         await asyncio.gather(*closing, return_exceptions=True)
 
 
@@ -220,7 +226,8 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     if name in room.users:
         raise web.HTTPConflict(text=f"User {name} already logged in")
     user = User(name)
-    if not user.can_prepare(request) or request.transport is None:
+    key = request.headers.get("Sec-WebSocket-Key", "")
+    if not (key.isascii() and user.can_prepare(request) and request.transport):
         raise web.HTTPUpgradeRequired(
             text="Connect to this address with a WebSocket",
             headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},

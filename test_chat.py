@@ -375,6 +375,18 @@ async def test_a_request_that_is_no_handshake_is_told_so_with_426(client):
     assert await users(client) == [""]
 
 
+@pytest.mark.parametrize("key", ["", "short", "AAAAAAAAAAAAAAAAAAAAAA\xe9="])
+async def test_a_broken_handshake_is_told_so_with_426(client, key):
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(
+        "GET /ws?user=Jack HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+        f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        f"Sec-WebSocket-Key: {key}\r\n\r\n".encode("latin1")
+    )
+    assert b" 426 " in await reader.readline()
+    assert await users(client) == [""]
+
+
 async def test_of_many_simultaneous_logins_for_one_name_one_gets_in(client):
     logins = [login(client, "Jack") for _ in range(50)]
     results = await asyncio.gather(*logins, return_exceptions=True)
@@ -695,6 +707,20 @@ async def test_who_was_let_go_is_heard_no_more(client, monkeypatch):
     await notice(listener)
     await listener.send_str("peace")
     assert await hear(listener) == ["Jill: peace"]
+
+
+@pytest.mark.parametrize("last", [b"\xff", b"x" * (2**20 + 1)], ids=["1007", "1009"])
+async def test_who_reads_nothing_and_breaks_the_protocol_leaves_the_name_free(
+    client, no_rate, last
+):
+    jack = await login(client, "Jack")
+    stalled = await Peer.login(client.port, "Stalled")
+    stalled.stall()
+    while not room(client).users["Stalled"].transport.get_write_buffer_size() > 2**17:
+        await jack.send_str("x" * 100_000)
+        await hear(jack)
+    stalled.send(TEXT, last)
+    await until(lambda: list(room(client).users) == ["Jack"])
 
 
 async def test_who_takes_no_pongs_is_let_go_like_who_takes_no_messages(
