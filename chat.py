@@ -223,6 +223,8 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or ":" in name:
         rule = f"1 to {MAX_NAME} printable characters, no colon"
         raise web.HTTPBadRequest(text=f"This is not a user name: {rule}")
+    if (namesake := room.users.get(name)) and namesake.transport.is_closing():
+        room.leave(namesake, "lost the connection")  # but has data left to take
     if name in room.users:
         raise web.HTTPConflict(text=f"User {name} already logged in")
     user = User(name)

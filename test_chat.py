@@ -687,15 +687,10 @@ async def test_a_user_whose_network_died_is_gone_within_45_seconds(client, monke
 
 async def test_who_leaves_without_reading_is_cut_off(client, no_rate, monkeypatch):
     monkeypatch.setattr(chat, "CLOSE_TIMEOUT", 0.2)
-    jack = await login(client, "Jack")
-    stalled = await Peer.login(client.port, "Stalled")
-    stalled.stall()
-    user = room(client).users["Stalled"]
-    while user.transport.get_write_buffer_size() < 2**20:
-        await jack.send_str("x" * 100_000)
-        await hear(jack)
-    stalled.send(CLOSE, struct.pack("!H", 1000))
-    await until(lambda: not user.transport.get_write_buffer_size())
+    peer = await stall(client, "Jack")
+    transport = room(client).users["Jack"].transport
+    peer.send(CLOSE, struct.pack("!H", 1000))
+    await until(lambda: not transport.get_write_buffer_size())
 
 
 async def test_who_was_let_go_is_heard_no_more(client, monkeypatch):
@@ -709,18 +704,32 @@ async def test_who_was_let_go_is_heard_no_more(client, monkeypatch):
     assert await hear(listener) == ["Jill: peace"]
 
 
-@pytest.mark.parametrize("last", [b"\xff", b"x" * (2**20 + 1)], ids=["1007", "1009"])
+async def stall(client: Chat, name: str) -> Peer:
+    """Log in somebody who reads nothing, and fill the buffers on the way there."""
+    peer = await Peer.login(client.port, name)
+    peer.stall()
+    talker = await login(client, "Talker")
+    while not room(client).users[name].transport.get_write_buffer_size() > 2**17:
+        await talker.send_str("x" * 100_000)
+        await hear(talker)
+    await talker.close()
+    return peer
+
+
+@pytest.mark.parametrize("size", [1, 2**20 + 1])
 async def test_who_reads_nothing_and_breaks_the_protocol_leaves_the_name_free(
-    client, no_rate, last
+    client, no_rate, size
 ):
-    jack = await login(client, "Jack")
-    stalled = await Peer.login(client.port, "Stalled")
-    stalled.stall()
-    while not room(client).users["Stalled"].transport.get_write_buffer_size() > 2**17:
-        await jack.send_str("x" * 100_000)
-        await hear(jack)
-    stalled.send(TEXT, last)
-    await until(lambda: list(room(client).users) == ["Jack"])
+    peer = await stall(client, "Jack")
+    peer.send(TEXT, b"\xff" * size)
+    await until(lambda: not room(client).users)
+
+
+async def test_who_reads_nothing_and_hangs_up_leaves_the_name_free(client, no_rate):
+    peer = await stall(client, "Jack")
+    peer.writer.write_eof()
+    await until(room(client).users["Jack"].transport.is_closing)
+    await login(client, "Jack")
 
 
 async def test_who_takes_no_pongs_is_let_go_like_who_takes_no_messages(
