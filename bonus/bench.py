@@ -55,11 +55,6 @@ from pathlib import Path
 
 import matplotlib
 import psutil  # type: ignore[import-untyped]
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from bench_servers.crowd import (
     HOST,
     PLAIN,
@@ -70,6 +65,10 @@ from bench_servers.crowd import (
     Mark,
     rush,
 )
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 HERE = Path(__file__).parent
 SERVERS_DIR = HERE / "bench_servers"
