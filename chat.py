@@ -87,6 +87,8 @@ class User(web.WebSocketResponse):
         self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = False
     ) -> bool:
         """Close as aiohttp does, which calls this too, but wait for no stalled peer."""
+        if not self.prepared:  # the peer was gone before
+            return False
         return await super().close(code=code, message=message, drain=False)
 
 
@@ -186,16 +188,15 @@ def from_operator(request: web.Request) -> bool:
     )
 
 
-async def page(request: web.Request) -> web.StreamResponse:
+async def page(request: web.Request) -> web.Response:
     """Answer with the page, or with what the query asks for, in the article's words."""
     room = request.app[ROOM]
-    content_type = "text/plain"
+    content_type = "text/html"
     if request.query.get("getUsers") == "1":
         names = map(html.escape, room.users)
         text = "\r\n".join(f'<option value="{name}">{name}</option>' for name in names)
-        content_type = "text/html"
     elif request.query.get("getUsers2") == "1":
-        text = "\r\n".join(room.users)
+        text, content_type = "\r\n".join(room.users), "text/plain"
     elif request.query.get("resetUsers") == "1" and request.method != "HEAD":
         if not from_operator(request):
             raise web.HTTPForbidden(
@@ -203,9 +204,9 @@ async def page(request: web.Request) -> web.StreamResponse:
                 "as localhost, through no proxy and from no other site"
             )
         await room.close(WSCloseCode.OK, "the users were reset")
-        text = "Users reseted"
+        text, content_type = "Users reseted", "text/plain"
     else:
-        return web.FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
+        text = PAGE.read_text("utf-8")
     headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
     return web.Response(text=text, content_type=content_type, headers=headers)
 
@@ -279,9 +280,13 @@ def make_app() -> web.Application:
     return app
 
 
-def is_not_bad_request(record: logging.LogRecord) -> bool:
-    """Keep tracebacks of what was not HTTP, and was answered with 400, off the log."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+def is_news(record: logging.LogRecord) -> bool:
+    """Keep off the log what strangers could fill it with: no error of this program."""
+    error = record.exc_info[1] if record.exc_info else None
+    strange = isinstance(
+        error, (HttpProcessingError, OSError)
+    )  # bad requests, peers gone
+    return not strange and record.name != "aiohttp.websocket"  # odd subprotocols
 
 
 def main() -> None:
@@ -293,7 +298,7 @@ def main() -> None:
     if not 0 <= args.port < 2**16:  # aiohttp would wrap it around
         sys.exit(f"chat.py: there is no port {args.port}, the highest is 65535")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("aiohttp.server").addFilter(is_not_bad_request)
+    logging.getLogger().handlers[0].addFilter(is_news)
     try:
         web.run_app(
             make_app(),
@@ -303,6 +308,7 @@ def main() -> None:
             access_log=None,
             backlog=1024,  # after a restart, everyone comes back at once
             shutdown_timeout=1,
+            auto_decompress=False,  # nobody reads a body, nor inflates it then
         )
     except OSError as error:
         sys.exit(f"chat.py: cannot serve {args.host}:{args.port}: {error.strerror}")
