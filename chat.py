@@ -80,7 +80,7 @@ class User(web.WebSocketResponse):
         self.paid_until = start + (size + OVERHEAD) / RATE
         while (debt := self.paid_until - time.monotonic()) > 0:
             if self.transport.is_closing():
-                return
+                break  # and what is left in aiohttp's queue is heard
             await asyncio.sleep(min(debt, NAP))
 
     async def close(

@@ -509,7 +509,8 @@ def machine() -> str:
     with suppress(OSError):
         cpus = Path("/proc/cpuinfo").read_text()
         model = (re.findall(r"model name\s*: (.*)", cpus) or [model])[0]
-    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
+    release = platform.release().partition("-")[0]
+    return f"{model}, {os.cpu_count()} cores, {platform.system()} {release}"
 
 
 def report(

@@ -1,0 +1,332 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.11,<4"]
+# ///
+"""The chat in a window of its own: the article's bonus program, for every desktop.
+
+`python bonus/desktop.py` talks to chat.py as the page does: the WebSocket /ws?user=NAME
+is the room, and /?getUsers2=1 lists who is in it.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import deque
+from threading import Thread
+from typing import Any
+
+import aiohttp
+
+try:
+    import tkinter as tk
+    from tkinter import font, ttk
+except ImportError:
+    sys.exit("desktop.py: this Python has no Tk; install python3-tk or python-tk")
+
+MAX_MESSAGE = 2**20  # bytes in a message, the server's limit
+KEPT = 1000  # messages; older ones go
+TICK = 30  # milliseconds between two looks at the news
+PORTION = 50_000  # characters drawn in a tick; each message counts 100 on top
+LONG_LINE = re.compile(".{5000}")  # Tk's time to wrap a line grows with its square
+ANSWER = aiohttp.ClientTimeout(10)  # seconds for the server to answer a request ...
+CLOSE = 1  # ... and a close
+HEARTBEAT = 25  # seconds of silence before a ping; its pong has half as long
+FIRST_PAUSE, LAST_PAUSE = 1, 10  # seconds before coming back, doubled each time
+FOR_GOOD = (1000, 1002, 1007, 1009)  # close codes after which not to come back
+COLORS = ("navy", "red4", "darkgreen", "purple3", "sienna4", "teal", "maroon4", "black")
+WHY = {  # there is no connection, in plain words
+    aiohttp.ClientConnectorCertificateError: "The server's certificate is not trusted",
+    aiohttp.ClientConnectorDNSError: "There is no such server",
+    aiohttp.ClientConnectorError: "No server answers there",
+    aiohttp.InvalidUrlClientError: "A server is written as host:port",
+    TimeoutError: "The server does not answer",
+}
+
+
+class Stay:
+    """One stay in the room, from Login to Log off, in the network's thread.
+
+    Tk and asyncio both want to run the thread they are in, so each has its own, and there
+    is one way between the two: the window gives asyncio's loop these methods to run, and
+    they put methods of the window into `news`, which it runs when it has time. Neither
+    waits for the other, and nobody reads the news of a stay that is over.
+    """
+
+    http: aiohttp.ClientSession
+    socket: aiohttp.ClientWebSocketResponse | None = None
+
+    def __init__(self, window: "Window", url: str, user: str) -> None:
+        self.window = window
+        self.url = url
+        self.user = user
+        self.news: deque[tuple[Any, ...]] = deque()  # method, arguments
+        self.users_changed = asyncio.Event()
+        self.running = asyncio.run_coroutine_threadsafe(self.run(), window.loop)
+
+    async def run(self) -> None:
+        """Be in the room, and come back to it, until refused or let go for good."""
+        pause = 0  # seconds; while there is none, there is no coming back
+        async with aiohttp.ClientSession(timeout=ANSWER) as self.http:
+            while True:
+                try:
+                    await self.enter()
+                    pause = FIRST_PAUSE
+                    for_good, reason = await self.listen()
+                except (aiohttp.ClientError, OSError, ValueError) as error:
+                    for_good, reason = False, WHY.get(type(error), str(error))
+                if for_good or not pause:
+                    return self.news.append((self.window.leave, reason))
+                wait = pause * random.uniform(0.5, 1)
+                reason += f"; trying again in {wait:.0f} s"
+                self.news.append((self.window.show, False, reason))
+                await asyncio.sleep(wait)
+                pause = min(2 * pause, LAST_PAUSE)
+
+    async def enter(self) -> None:
+        """Open the socket; raise a ClientError with the server's words if refused."""
+        url, query = f"{self.url}/ws", {"user": self.user}
+        connect = self.http.ws_connect(url, params=query, heartbeat=HEARTBEAT)
+        try:
+            self.socket = await connect
+        except aiohttp.WSServerHandshakeError as refusal:
+            async with self.http.get(url, params=query) as answer:
+                plain = answer.content_type == "text/plain"
+                words = await answer.text() if plain else answer.reason
+                raise aiohttp.ClientError(words) from refusal
+
+    async def listen(self) -> tuple[bool, str]:
+        """Bring what is said; return whether the socket is gone for good, and why."""
+        assert self.socket
+        self.news.append((self.window.show, True))
+        users = asyncio.create_task(self.list_users())
+        try:
+            while True:
+                message = await self.socket.receive()
+                if message.data == "{{RefreshUsers}}":
+                    self.users_changed.set()
+                elif message.type is aiohttp.WSMsgType.TEXT:
+                    heard = time.strftime("%H:%M"), message.data
+                    self.news.append((self.window.heard.append, heard))
+                elif message.type is aiohttp.WSMsgType.CLOSE:
+                    why = f"Closed by the server: {message.extra or message.data}"
+                    return message.data in FOR_GOOD, why
+                elif message.type is not aiohttp.WSMsgType.BINARY:
+                    return False, "The connection was lost"
+        finally:
+            users.cancel()
+
+    async def list_users(self) -> None:
+        """Bring the users after each notice, by one request at a time."""
+        while await self.users_changed.wait():
+            self.users_changed.clear()
+            try:
+                async with self.http.get(f"{self.url}/?getUsers2=1") as answer:
+                    answer.raise_for_status()
+                    users = (await answer.text()).splitlines()
+                self.news.append((self.window.show_users, users))
+            except (aiohttp.ClientError, OSError):
+                await asyncio.sleep(FIRST_PAUSE)
+                self.users_changed.set()
+
+    async def say(self, text: str) -> None:
+        """Say `text`; if the connection is gone, put it back into the draft."""
+        assert self.socket
+        try:
+            await self.socket.send_str(text)
+        except ConnectionError:
+            self.news.append((self.window.draft.insert, "1.0", text))
+
+    async def close(self) -> None:
+        """Close as is proper, but do not wait long for the server's answer."""
+        if self.socket:
+            closing = asyncio.create_task(self.socket.close())
+            await asyncio.wait([closing], timeout=CLOSE)
+        self.running.cancel()
+
+
+class Window(tk.Tk):
+    """The window, in the thread that makes it; raises tk.TclError without a display."""
+
+    def __init__(self, server: str, user: str, tls: bool) -> None:
+        super().__init__()
+        self.stay: Stay | None = None
+        self.heard: deque[tuple[str, str]] = deque(maxlen=KEPT)  # and not drawn yet
+        self.server = tk.StringVar(value=server)
+        self.user = tk.StringVar(value=user)
+        self.tls = tk.BooleanVar(value=tls)
+        self.users = tk.Variable()
+        self.loop = asyncio.new_event_loop()
+        Thread(target=self.loop.run_forever, daemon=True).start()
+        self.lay_out()
+        self.leave("")
+        self.attend()
+
+    def lay_out(self) -> None:
+        self.title("Chat")
+        self.geometry("900x560")
+        self.minsize(740, 320)
+        if ttk.Style().theme_use() == "default":
+            ttk.Style().theme_use("clam")  # X11 has no native look, and a grim default
+        room = ttk.Frame(self, padding=10)
+        room.pack(fill="both", expand=True)
+
+        bar = ttk.Frame(room)
+        bar.pack(fill="x")
+        for text, variable in ("Server", self.server), ("User", self.user):
+            ttk.Label(bar, text=text)
+            entry = ttk.Entry(bar, textvariable=variable)
+        entry.focus()
+        ttk.Checkbutton(bar, text="TLS", variable=self.tls)
+        login = ttk.Button(bar, text="Login", command=self.log_in)
+        self.to_log_in = list(bar.children.values())
+        self.logoff = ttk.Button(bar, text="Log off", command=self.log_off)
+        for widget in bar.children.values():
+            widget.pack(side="left", padx=(0, 8))
+        self.light = ttk.Label(room, wraplength=700)
+        self.light.pack(fill="x", pady=8)
+
+        foot = ttk.Frame(room)
+        foot.pack(side="bottom", fill="x", pady=(10, 0))
+        self.sender = ttk.Button(foot, text="Send", command=self.say)
+        self.sender.pack(side="right", fill="y", padx=(10, 0))
+        look = {"font": "TkTextFont", "wrap": "word", "padx": 8, "pady": 6}
+        self.draft = tk.Text(foot, look, height=3)
+        self.draft.pack(fill="x")
+
+        self.side = ttk.LabelFrame(room, relief="flat")
+        self.side.pack(side="right", fill="y", padx=(10, 0))
+        self.refresher = ttk.Button(self.side, text="Refresh", command=self.refresh)
+        self.refresher.pack(side="bottom", fill="x", pady=(6, 0))
+        users = tk.Listbox(self.side, listvariable=self.users, width=24)
+        self.messages = tk.Text(room, look, state="disabled", bg="white", fg="black")
+        for view in users, self.messages:
+            self.scrollbar = ttk.Scrollbar(view.master, command=view.yview)
+            view.configure(yscrollcommand=self.scrollbar.set)
+            self.scrollbar.pack(side="right", fill="y")
+            view.pack(fill="both", expand=True)
+
+        self.bold = font.nametofont("TkTextFont").copy()
+        self.bold.configure(weight="bold")
+        self.messages.tag_configure("time", foreground="#5f6368", spacing1=3)
+        self.messages.tag_configure("text", lmargin1="15m", lmargin2="15m")
+        for color in COLORS:
+            self.messages.tag_configure(color, foreground=color, font=self.bold)
+
+        self.bind_class("TEntry", "<Return>", f"{login} invoke")
+        self.draft.bind("<Return>", f"{self.sender} invoke; break")
+        self.draft.bind("<Shift-Return>", "# Tk breaks the line")
+        self.draft.bind("<<Modified>>", self.on_edit)
+        self.messages.bind("<Configure>", self.on_resize)
+        self.messages.bind("<Button-1>", "focus %W")  # so that it can be copied from
+
+    def attend(self) -> None:
+        """Take the news, draw a portion of what was heard, and come back in a tick."""
+        if self.stay:
+            news = self.stay.news
+            for _ in range(len(news)):
+                method, *args = news.popleft()
+                method(*args)
+        if self.heard:
+            self.draw()
+        self.after(TICK, self.attend)
+
+    def show(self, online: bool, notice: str = "") -> None:
+        """Show whether there is a connection, why, and what can be done now."""
+        state, color = ("Online", "#0d652d") if online else ("Offline", "#b3261e")
+        self.light.configure(text=f"● {state}  {notice}", foreground=color)
+        for widget in self.to_log_in:
+            widget["state"] = "disabled" if self.stay else "normal"
+        self.logoff["state"] = "normal" if self.stay else "disabled"
+        for button in self.sender, self.refresher:
+            button["state"] = "normal" if online else "disabled"
+        if online:
+            self.draft.focus()
+        else:
+            self.show_users([])
+
+    def show_users(self, users: list[str]) -> None:
+        self.users.set(users)
+        self.side["text"] = f"Users ({len(users)})"
+
+    def draw(self) -> None:
+        """Add a portion of what was heard; stay at the end unless somebody reads back."""
+        at_end = self.messages.yview()[1] == 1.0
+        pieces: list[str] = []
+        size = 0
+        while self.heard and size < PORTION:
+            when, message = self.heard.popleft()
+            message = LONG_LINE.sub(r"\g<0>\n", message.replace("\0", "\ufffd"))
+            author, _, text = message.partition(": ")
+            color = COLORS[sum(author.encode()) % len(COLORS)]
+            pieces += "\n", "", f"{when}  ", "time", f"{author}: ", color, text, "text"
+            size += len(text) + 100
+        self.messages["state"] = "normal"
+        self.messages.insert("end", *pieces)
+        starts = self.messages.tag_ranges("time")[::2]
+        self.messages.delete("1.0", starts[-KEPT:][0])
+        self.messages["state"] = "disabled"
+        if at_end:
+            self.messages.see("end")
+
+    def on_resize(self, _: object) -> None:
+        if float(self.scrollbar.get()[1]) == 1.0:  # as it was before
+            self.messages.see("end")
+
+    def on_edit(self, _: object) -> None:
+        self.draft.edit_modified(False)
+        is_long = LONG_LINE.search(self.draft.get("1.0", "end"))
+        self.draft["wrap"] = "none" if is_long else "word"
+
+    def log_in(self) -> None:
+        url = f"{'https' if self.tls.get() else 'http'}://{self.server.get().strip()}"
+        self.stay = Stay(self, url, self.user.get())
+        self.show(False, "Connecting ...")
+
+    def log_off(self) -> None:
+        if self.stay:
+            asyncio.run_coroutine_threadsafe(self.stay.close(), self.loop)
+            self.leave("")
+
+    def leave(self, reason: str) -> None:
+        self.stay = None
+        self.show(False, reason)
+
+    def refresh(self) -> None:
+        if self.stay:
+            self.loop.call_soon_threadsafe(self.stay.users_changed.set)
+
+    def say(self) -> None:
+        """Say what is in the draft, unless that is nothing or too much."""
+        draft = self.draft.get("1.0", "end-1c")
+        size = len(draft.encode(errors="replace"))
+        if size > MAX_MESSAGE:
+            self.show(True, f"{size:,} bytes are too many, {MAX_MESSAGE:,} can be sent")
+        elif self.stay and draft.strip():
+            asyncio.run_coroutine_threadsafe(self.stay.say(draft), self.loop)
+            self.draft.delete("1.0", "end")
+
+
+def main() -> None:
+    """Show the window until it is closed; where that cannot be, say why and exit."""
+    parser = argparse.ArgumentParser(description="The smallest real chat, in a window")
+    parser.add_argument("--server", default="localhost:8080", help="%(default)s")
+    parser.add_argument("--user", default="", help="the name to log in with")
+    parser.add_argument("--tls", action="store_true", help="whether the server has TLS")
+    try:
+        window = Window(**vars(parser.parse_args()))
+    except tk.TclError as error:
+        sys.exit(f"desktop.py: {error}; install a desktop, or xvfb for xvfb-run")
+    signal.signal(signal.SIGINT, lambda *_: window.quit())
+    window.mainloop()
+    if window.stay:
+        asyncio.run_coroutine_threadsafe(window.stay.close(), window.loop).result()
+    os._exit(0)  # Python would wait for the thread that may be looking up a name
+
+
+if __name__ == "__main__":
+    main()
