@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.11,<4", "pytest", "pytest-aiohttp", "playwright", "axe-playwright-python",
+#     "aiohttp>=3.14,<4", "pytest", "pytest-aiohttp", "playwright", "axe-playwright-python",
 # ]
 # ///
 """What the chat promises: each test is one sentence of it, over real sockets.

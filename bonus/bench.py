@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.11,<4", "websockets", "tornado", "fastapi", "uvicorn[standard]",
+#     "aiohttp>=3.14,<4", "websockets", "tornado", "fastapi", "uvicorn[standard]",
 #     "python-socketio", "picows", "socketify", "matplotlib", "psutil", "rich",
 # ]
 # ///
@@ -9,7 +9,7 @@
 
 Or, without uv:
 
-    pip install "aiohttp>=3.11,<4" websockets tornado fastapi "uvicorn[standard]" \
+    pip install "aiohttp>=3.14,<4" websockets tornado fastapi "uvicorn[standard]" \
         python-socketio picows socketify matplotlib psutil rich && python bonus/bench.py
 
 The servers, all in bench_servers/ but chat.py, do the same job: put the speaker's name
