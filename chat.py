@@ -197,6 +197,7 @@ async def page(request: web.Request) -> web.Response:
         text = "\r\n".join(f'<option value="{name}">{name}</option>' for name in names)
     elif request.query.get("getUsers2") == "1":
         text, content_type = "\r\n".join(room.users), "text/plain"
+    # HEAD comes here with GET, but must not change anything (RFC 9110, section 9.2.1).
     elif request.query.get("resetUsers") == "1" and request.method != "HEAD":
         if not from_operator(request):
             raise web.HTTPForbidden(
@@ -283,10 +284,9 @@ def make_app() -> web.Application:
 def is_news(record: logging.LogRecord) -> bool:
     """Keep off the log what strangers could fill it with: no error of this program."""
     error = record.exc_info[1] if record.exc_info else None
-    strange = isinstance(
-        error, (HttpProcessingError, OSError)
-    )  # bad requests, peers gone
-    return not strange and record.name != "aiohttp.websocket"  # odd subprotocols
+    if isinstance(error, (HttpProcessingError, OSError)):  # a bad request, a peer gone
+        return False
+    return record.name != "aiohttp.websocket"  # which warns of odd subprotocols
 
 
 def main() -> None:
