@@ -894,6 +894,28 @@ async def test_the_log_has_a_line_for_each_coming_and_going_and_no_other():
     ]
 
 
+async def test_without_descriptors_left_those_inside_talk_on_and_the_log_is_not_filled():
+    port = free_port()
+    few = f"ulimit -n 40; exec {sys.executable} {HERE / 'chat.py'} --port {port}"
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-c", few, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stdout
+    async with asyncio.timeout(LIMIT):
+        await process.stdout.readline()
+    inside = await Peer.login(port, "Jack")
+    crowd = [await asyncio.open_connection("localhost", port) for _ in range(60)]
+    inside.send(TEXT, b"still here")
+    assert await inside.receive() == (0x80 | TEXT, b"Jack: still here")
+    for _, writer in crowd:
+        writer.transport.abort()
+    await Peer.login(port, "Jill")  # once there is room again
+    process.terminate()
+    status, stderr = await outcome(process)
+    assert status == 0
+    assert "socket.accept" not in stderr  # asyncio's, with a traceback each
+
+
 async def test_every_place_that_names_the_dependencies_says_the_same():
     requirement = (HERE / "requirements.txt").read_text().strip()
     assert re.fullmatch(r"aiohttp>=3\.\d+,<4", requirement)
