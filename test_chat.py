@@ -570,6 +570,19 @@ async def test_a_notice_follows_each_login_and_leaving_when_the_list_is_right(cl
     assert await users(client) == ["Jack"]
 
 
+async def test_changes_one_after_the_other_share_notices(client):
+    jack = await login(client, "Jack")
+    for i in range(100):
+        await login(client, f"user{i}")
+    await jack.send_str("all here")
+    notices = 0
+    async with asyncio.timeout(LIMIT):
+        while (text := await jack.receive_str()) != "Jack: all here":
+            notices += text == REFRESH
+    assert notices < 50
+    await notice(jack)
+
+
 async def test_500_users_joining_at_once_all_get_in_with_few_notices(client):
     assert chat.NOTICE_DELAY <= 0.2
     names = [f"user{i}" for i in range(500)]
