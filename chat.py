@@ -2,166 +2,163 @@
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.14,<4"]
 # ///
-"""The smallest real chat: one room, one process, WebSockets (RFC 6455).
+"""The smallest real chat: one room over WebSockets (RFC 6455), at http://localhost:8080.
 
-`python chat.py` serves the page, chat.html, at / and the room at /ws?user=NAME. Everyone
-in the room hears everything said in it, in the same order. A message is the same bytes
-for everyone, so it is encoded once; and all that is said in one iteration of the event
-loop leaves in one write to each user. There are no passwords, and nothing is stored.
+A message is the same bytes for everyone, so it is encoded once; and all that is said in one
+iteration of the event loop leaves in one write to each user.
 """
 
 import argparse
 import asyncio
 import html
 import logging
-import re
-import struct
-import sys
-import time
-from functools import partial
-from ipaddress import ip_address
+from contextlib import suppress
 from pathlib import Path
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSMsgType, web
 from aiohttp.http import HttpProcessingError
 
-PAGE = Path(__file__).with_name("chat.html")
-MAX_NAME = 32  # characters in a user's name
-MAX_MESSAGE = 2**20  # bytes in a message; a longer one closes its sender with 1009
-MAX_BATCH = 2**18  # bytes said but not yet sent; above, whoever has more to say waits
-MAX_BEHIND = 2**22  # bytes sent to a user but not yet taken; above, the user is let go
-BURST = 2**20  # bytes a user may say at once: the size of the token bucket
-RATE = 2**18  # bytes a second a user may say then: its refill
-OVERHEAD = 64  # bytes a message costs on top of its own, so that tiny ones are not free
-NAP = 0.1  # seconds between looks at whether a user who must wait is still connected
-NOTICE_DELAY = 0.1  # seconds; changes of the user list within it share one notice
-HEARTBEAT = 25  # seconds of silence before a ping; the pong has half of that
-CLOSE_TIMEOUT = 2  # seconds for a user who leaves to take what was sent, then abort
-
+MAX_MESSAGE = 2**14  # bytes; a longer message closes its sender with 1009
+MAX_BATCH = 2**17  # bytes said but not sent; above, whoever has more to say waits
+MAX_BEHIND = 2**22  # bytes sent but not written to a user; above, the user is let go
+BURST, RATE = 2**17, 2**15  # bytes a user may say at once, and bytes a second then
 log = logging.getLogger("chat")
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
-    """Return a whole frame, unmasked, as a server sends it (RFC 6455, section 5.2)."""
-    first, size = 0x80 | opcode, len(payload)  # 0x80: no fragments follow
-    if size < 126:
-        return struct.pack("!BB", first, size) + payload
-    if size < 2**16:
-        return struct.pack("!BBH", first, 126, size) + payload
-    return struct.pack("!BBQ", first, 127, size) + payload
+    """Return a frame of under 64 KiB as a server sends it (RFC 6455, section 5.2)."""
+    size = len(payload)
+    length = [size] if size < 126 else [126, *size.to_bytes(2)]
+    return bytes([0x80 | opcode, *length]) + payload  # 0x80: no fragments follow
 
 
-# Nobody else's: what users say begins with "NAME: ".
-REFRESH_USERS = frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
+class Batch:
+    """Frames sent together, and what was sent next: who is behind reads on from here."""
+
+    def __init__(self, frames: bytes, end: int) -> None:
+        self.frames, self.end = frames, end  # bytes sent so far, these included
+        self.next: Batch | None = None
 
 
 class User(web.WebSocketResponse):
-    """The WebSocket of one user."""
+    """The WebSocket of one user, over the `transport` of its request."""
 
-    transport: asyncio.Transport  # that of the request, once it is about to be prepared
+    written: Batch  # from login on, the last one written to the transport
+    paid_until = 0.0  # the loop's time at which all that was said is paid
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, transport: asyncio.Transport) -> None:
         super().__init__(
-            timeout=CLOSE_TIMEOUT,
-            heartbeat=HEARTBEAT,
-            autoping=False,  # else aiohttp answers a flood of pings unseen, for free
+            heartbeat=25,  # seconds of silence before a ping; the pong has half of that
+            timeout=2,  # seconds for the answer to a close frame
+            autoping=False,  # else a flood of pings is answered for free
             compress=False,  # what is compressed is not the same bytes for everyone
             max_msg_size=MAX_MESSAGE + 1,  # in aiohttp, the first size that is too big
         )
-        self.name = name
-        self.paid_until = 0.0  # time.monotonic() at which all that was said is paid
+        self.name, self.transport = name, transport
 
     async def pay(self, size: int) -> None:
-        """Charge a message of `size` bytes to the token bucket; wait while overdrawn.
+        """Take `size` bytes out of the token bucket; while it is overdrawn, TCP has to wait."""
+        now = asyncio.get_running_loop().time()
+        self.paid_until = max(self.paid_until, now - BURST / RATE) + size / RATE
+        if self.paid_until > now and not self.transport.is_closing():
+            await asyncio.sleep(self.paid_until - now)
 
-        Nobody reads the socket meanwhile: its buffers fill, and TCP slows the user down.
-        """
-        start = max(self.paid_until, time.monotonic() - BURST / RATE)
-        self.paid_until = start + (size + OVERHEAD) / RATE
-        while (debt := self.paid_until - time.monotonic()) > 0:
-            if self.transport.is_closing():
-                break  # and what is left in aiohttp's queue is heard
-            await asyncio.sleep(min(debt, NAP))
+    def is_ready(self) -> bool:
+        """Tell whether this is open, and its peer has taken all that was written."""
+        transport = self.transport
+        closing = self.closed or transport.is_closing()
+        return not closing and not transport.get_write_buffer_size()
 
-    async def close(
-        self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = False
-    ) -> bool:
-        """Close as aiohttp does, which calls this too, but wait for no stalled peer."""
-        if not self.prepared:  # the peer was gone before
-            return False
-        return await super().close(code=code, message=message, drain=False)
+    def catch_up(self) -> None:
+        """Write what was sent since, about 64 KiB each time the transport is empty."""
+        while (batch := self.written.next) and self.is_ready():
+            frames, end = [batch.frames], batch.end + 2**16
+            while batch.next and batch.end < end:
+                batch = batch.next
+                frames.append(batch.frames)
+            self.written = batch
+            self.transport.write(b"".join(frames))
+        if batch:
+            asyncio.get_running_loop().call_later(0.05, self.catch_up)  # seconds
+
+    def cut_off(self) -> None:
+        """End a transport that is closing, but waits until its peer takes what it holds."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
 
 class Room:
-    """Who is logged in, and what has been said but not sent yet."""
+    """Who is logged in, and what is said."""
 
     def __init__(self) -> None:
         self.users: dict[str, User] = {}  # by name, in order of login
-        self.batch: list[bytes] = []  # whole frames
-        self.batch_size = 0  # bytes
-        self.notice: asyncio.TimerHandle | None = None
+        self.batch = bytearray()  # whole frames, said but not sent
+        self.flushed = asyncio.Event()  # set for a moment when the batch is sent
+        self.last = Batch(b"", 0)  # the last one sent
+        self.notice_at = 0.0  # the loop's time of the last or next notice
 
-    def enter(self, user: User) -> None:
-        """Log `user` in. That the name is free, the caller has just seen."""
-        self.users[user.name] = user
-        log.info("%s logged in, %d here", user.name, len(self.users))
-        self.users_changed()
+    def names(self) -> list[str]:
+        """Return the names of all who are logged in, in order of login."""
+        return list(self.users)
 
-    def leave(self, user: User, why: str) -> None:
-        """Log `user` off, unless that was done before, and free the name at once."""
+    async def enter(self, user: User) -> None:
+        """Log `user` in, or raise HTTPConflict; atomic, since nothing in here suspends."""
+        if user.name in self.users:
+            raise web.HTTPConflict(text=f"User {user.name} already logged in")
+        self.users[user.name], user.written = user, self.last
+        self.changed(user.name, "logged in")
+
+    def leave(self, user: User, how: str = "left") -> None:
+        """Log `user` off, unless that was done before; the name is free at once."""
         if self.users.get(user.name) is user:
             del self.users[user.name]
-            log.info("%s %s, %d left", user.name, why, len(self.users))
-            self.users_changed()
-            # transport.close() waits for its buffer to drain: if the peer stalls, for ever.
-            loop = asyncio.get_running_loop()
-            loop.call_later(CLOSE_TIMEOUT, user.transport.abort)
+            user.written = Batch(b"", 0)  # nothing follows
+            self.changed(user.name, how)
 
-    def users_changed(self) -> None:
-        """Schedule one notice for all changes of the next NOTICE_DELAY seconds."""
-        if self.notice is None:
-            loop = asyncio.get_running_loop()
-            self.notice = loop.call_later(NOTICE_DELAY, self.announce)
+    def changed(self, name: str, how: str) -> None:
+        """Log who came or went; tell everyone, but cause at most 1,000 requests a second."""
+        log.info("%s %s, %d here", name, how, len(self.users))
+        loop = asyncio.get_running_loop()
+        if self.notice_at <= loop.time():
+            self.notice_at = loop.time() + max(0.1, len(self.users) / 1000)  # seconds
+            notice = frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
+            loop.call_at(self.notice_at, self.deliver, notice)
 
-    def announce(self) -> None:
-        """Tell everyone to ask for the list of users again."""
-        self.notice = None
-        self.say(REFRESH_USERS)
-
-    def say(self, frame: bytes) -> None:
-        """Add `frame` to the batch, which leaves on the event loop's next iteration."""
-        if not self.batch:
-            asyncio.get_running_loop().call_soon(self.flush)
-        self.batch.append(frame)
-        self.batch_size += len(frame)
+    async def say(self, user: User, text: bytes) -> None:
+        """Add `text`, UTF-8, to the batch, which leaves on the loop's next iteration."""
+        while len(self.batch) > MAX_BATCH:
+            await self.flushed.wait()
+        if self.users.get(user.name) is user:  # not let go meanwhile
+            if not self.batch:
+                asyncio.get_running_loop().call_soon(self.flush)
+            self.batch += frame(WSMsgType.TEXT, user.name.encode() + b": " + text)
 
     def flush(self) -> None:
         """Deliver the batch, and begin the next."""
-        batch = b"".join(self.batch)
-        self.batch.clear()
-        self.batch_size = 0
+        batch, self.batch = bytes(self.batch), bytearray()
+        self.flushed.set()
+        self.flushed.clear()
         self.deliver(batch)
 
-    def deliver(self, batch: bytes) -> None:
-        """Write `batch`, whole frames, to everyone."""
+    def deliver(self, frames: bytes) -> None:
+        """Send `frames`, whole ones, to the users of this process."""
+        self.last.next = self.last = Batch(frames, self.last.end + len(frames))
         for user in list(self.users.values()):
-            self.write(user, batch)
-
-    def write(self, user: User, frames: bytes) -> None:
-        """Write `frames` to `user`, without waiting; let go a user too far behind."""
-        if user.prepared and not user.transport.is_closing():
-            user.transport.write(frames)
-            if user.transport.get_write_buffer_size() > MAX_BEHIND:
+            if user.written.next is self.last:  # was up to date
+                user.catch_up()
+            elif self.last.end - user.written.end > MAX_BEHIND:
                 self.leave(user, "was let go: too far behind")
                 user.transport.abort()
 
     async def close(self, code: int, reason: str) -> None:
-        """Log everyone off; takes CLOSE_TIMEOUT at most, even if nobody answers."""
-        closing = []
-        for user in list(self.users.values()):
+        """Log everyone off; takes 2 s at most, even if nobody answers."""
+        self.flush()
+        users = list(self.users.values())
+        for user in users:
             self.leave(user, f"was let go: {reason}")
-            closing.append(user.close(code=code, message=reason.encode()))
-        await asyncio.gather(*closing, return_exceptions=True)
+        await asyncio.gather(
+            *(u.close(code=code, message=reason.encode()) for u in users)
+        )
 
 
 ROOM = web.AppKey("room", Room)
@@ -169,150 +166,121 @@ ROOM = web.AppKey("room", Room)
 
 def is_cross_origin(request: web.Request) -> bool:
     """Tell whether a page of another host sent `request` (RFC 6455, section 10.2)."""
-    # scheme://host:port, or null; the scheme may differ, if a proxy does the TLS
-    origin = request.headers.get("Origin")
-    host = request.host.lower()
-    return origin is not None and origin.partition("://")[2].lower() != host
+    # The scheme may differ, if a proxy does the TLS; it may be null, without a host.
+    origin = request.headers.get("Origin", "://" + request.host)
+    return origin.partition("://")[2].lower() != request.host.lower()
 
 
 def from_operator(request: web.Request) -> bool:
     """Tell whether somebody on this machine, not a page of another site, sent `request`."""
-    headers = request.headers
-    return (
-        ip_address(request.remote or "::").is_loopback
-        and not any(h in headers for h in ("Forwarded", "X-Forwarded-For", "Via"))
-        and headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-        and not is_cross_origin(request)
-        # Under another name than this, the page may be another site's (DNS rebinding).
-        and bool(re.fullmatch(r"(localhost|127[.\d]+|\[::1])(:\d+)?", request.host))
-    )
+    headers, host = request.headers, request.host.rsplit(":", 1)[0]
+    proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "Via"))
+    own_page = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+    # Under another name, this host's page may be another site's: DNS rebinding.
+    local = host in ("localhost", "127.0.0.1", "[::1]")
+    local = local and request.remote in ("127.0.0.1", "::1")
+    return local and own_page and not proxied and not is_cross_origin(request)
 
 
 async def page(request: web.Request) -> web.Response:
     """Answer with the page, or with what the query asks for, in the article's words."""
-    room = request.app[ROOM]
-    content_type = "text/html"
-    if request.query.get("getUsers") == "1":
-        names = map(html.escape, room.users)
+    room, query, content_type = request.app[ROOM], request.query, "text/html"
+    if query.get("getUsers") == "1":
+        names = map(html.escape, room.names())
         text = "\r\n".join(f'<option value="{name}">{name}</option>' for name in names)
-    elif request.query.get("getUsers2") == "1":
-        text, content_type = "\r\n".join(room.users), "text/plain"
-    # HEAD comes here with GET, but must not change anything (RFC 9110, section 9.2.1).
-    elif request.query.get("resetUsers") == "1" and request.method != "HEAD":
+    elif query.get("getUsers2") == "1":
+        text, content_type = "\r\n".join(room.names()), "text/plain"
+    elif query.get("resetUsers") == "1" and request.method != "HEAD":  # which is safe
         if not from_operator(request):
-            raise web.HTTPForbidden(
-                text="Only the operator may reset the users: from the server's machine, "
-                "as localhost, through no proxy and from no other site"
-            )
-        await room.close(WSCloseCode.OK, "the users were reset")
+            raise web.HTTPForbidden(text="Only the operator may reset the users")
+        await room.close(1000, "the users were reset")
         text, content_type = "Users reseted", "text/plain"
     else:
-        text = PAGE.read_text("utf-8")
+        text = Path(__file__).with_name("chat.html").read_text("utf-8")
     headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
     return web.Response(text=text, content_type=content_type, headers=headers)
 
 
 async def websocket(request: web.Request) -> web.WebSocketResponse:
-    """Log a user in, and pass on what the user says until the user leaves.
-
-    Raises HTTPForbidden, HTTPBadRequest, HTTPConflict or HTTPUpgradeRequired, with the
-    reason as its text.
-    """
-    room = request.app[ROOM]
+    """Log a user in, and pass on what is said; a refusal has its reason as its text."""
+    room, transport = request.app[ROOM], request.transport
     name = request.query.get("user", "").strip()
-    if is_cross_origin(request):
+    if transport is None or transport.is_closing() or is_cross_origin(request):
         raise web.HTTPForbidden(text="The pages of other sites may not log in")
-    if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or ":" in name:
-        rule = f"1 to {MAX_NAME} printable characters, no colon"
-        raise web.HTTPBadRequest(text=f"This is not a user name: {rule}")
-    if (namesake := room.users.get(name)) and namesake.transport.is_closing():
-        room.leave(namesake, "lost the connection")  # but has data left to take
-    if name in room.users:
-        raise web.HTTPConflict(text=f"User {name} already logged in")
-    user = User(name)
-    key = request.headers.get("Sec-WebSocket-Key", "")
-    if not (key.isascii() and user.can_prepare(request) and request.transport):
-        raise web.HTTPUpgradeRequired(
-            text="Connect to this address with a WebSocket",
-            headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
-        )
-    user.transport = request.transport
-    room.enter(user)  # no await since the name was looked up: it is still free
-    why = "lost the connection"
+    if not 1 <= len(name) <= 32 or not name.isprintable() or ":" in name:
+        raise web.HTTPBadRequest(text="A name: 1 to 32 printable characters, no colon")
+    user, ready = User(name, transport), False
+    with suppress(ValueError):  # aiohttp's, of a header that is not ASCII
+        ready = user.can_prepare(request).ok
+    if not ready and name not in room.names():
+        headers = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        raise web.HTTPUpgradeRequired(headers=headers, text="Connect with a WebSocket")
+    await room.enter(user)
     try:
+        transport.set_write_buffer_limits(2 * MAX_BEHIND)  # so that aiohttp never waits
         await user.prepare(request)
         async for message in user:
-            if message.type is WSMsgType.ERROR:  # and aiohttp has closed the WebSocket
-                why = f"was let go: {message.data}"
-                break
-            said = message.data  # of a binary message, a ping or a pong
             if message.type is WSMsgType.TEXT:
-                while room.batch_size > MAX_BATCH:
-                    await asyncio.sleep(0)
-                if room.users.get(name) is not user:
-                    break  # let go, with messages left in aiohttp's queue
-                said = frame(WSMsgType.TEXT, f"{name}: {message.data}".encode())
-                room.say(said)
-            elif message.type is WSMsgType.PING:
-                room.write(user, frame(WSMsgType.PONG, said))
-            await user.pay(len(said))
-        else:
-            if user.close_code != WSCloseCode.ABNORMAL_CLOSURE:
-                why = "logged off"
-    except ConnectionError:
-        pass
+                text = message.data.encode()
+                await room.say(user, text)
+                await user.pay(64 + len(text))  # so that tiny ones are not free
+            elif message.type is not WSMsgType.ERROR:  # with which aiohttp ends it
+                # A peer that does not take what was sent needs no pong (section 5.5.3).
+                if message.type is WSMsgType.PING and user.is_ready():
+                    transport.write(frame(WSMsgType.PONG, message.data))
+                await user.pay(4096 + len(message.data))
     finally:
-        room.leave(user, why)
+        room.leave(user)
+        asyncio.get_running_loop().call_later(2, user.cut_off)  # seconds
     return user
 
 
-async def on_shutdown(app: web.Application) -> None:
-    await app[ROOM].close(WSCloseCode.GOING_AWAY, "the server stops")
-
-
-def make_app() -> web.Application:
-    """Return the chat as an application with a room of its own, app[ROOM]."""
+def make_app(room: Room | None = None) -> web.Application:
+    """Return the chat as an application; app[ROOM] is `room`, or one of its own."""
     app = web.Application()
-    app[ROOM] = Room()
-    app.router.add_get("/", page)
-    app.router.add_post("/", page)
-    app.router.add_get("/ws", websocket, allow_head=False)
-    app.on_shutdown.append(on_shutdown)
+    app[ROOM] = room = room or Room()
+    app.add_routes([web.get("/", page), web.post("/", page)])
+    app.add_routes([web.get("/ws", websocket, allow_head=False)])
+    app.on_shutdown.append(lambda _: room.close(1001, "the server stops"))
     return app
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Keep off the log what strangers could fill it with: no error of this program."""
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, (HttpProcessingError, OSError)):  # a bad request, a peer gone
-        return False
-    return record.name != "aiohttp.websocket"  # which warns of odd subprotocols
+    """Keep requests that are not HTTP off the log: strangers could fill it."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
-def main() -> None:
-    """Serve the chat until Ctrl-C or SIGTERM; if that cannot be, say why and exit."""
-    parser = argparse.ArgumentParser(description="The smallest real chat")
+def options(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the command line that has --host and --port."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", default="localhost", help="default: %(default)s")
     parser.add_argument("--port", default=8080, type=int, help="default: %(default)s")
-    args = parser.parse_args()
-    if not 0 <= args.port < 2**16:  # aiohttp would wrap it around
-        sys.exit(f"chat.py: there is no port {args.port}, the highest is 65535")
+    return parser
+
+
+def serve(app: web.Application, host: str, port: int) -> None:
+    """Serve `app` until Ctrl-C or SIGTERM; if that cannot be, say why and exit."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger().handlers[0].addFilter(is_news)
+    logging.getLogger("aiohttp.server").addFilter(is_news)
+    logging.getLogger("aiohttp.websocket").setLevel("ERROR")  # not of odd subprotocols
+    with suppress(ImportError, OSError, ValueError):  # a page takes two descriptors
+        from resource import RLIMIT_NOFILE, getrlimit, setrlimit  # not on Windows
+
+        setrlimit(RLIMIT_NOFILE, (getrlimit(RLIMIT_NOFILE)[1],) * 2)
     try:
         web.run_app(
-            make_app(),
-            host=args.host,
-            port=args.port,
-            print=partial(print, flush=True),
+            app,
+            host=host,
+            port=port,
             access_log=None,
             backlog=1024,  # after a restart, everyone comes back at once
             shutdown_timeout=1,
-            auto_decompress=False,  # nobody reads a body, nor inflates it then
+            auto_decompress=False,  # nobody reads a body
         )
-    except OSError as error:
-        sys.exit(f"chat.py: cannot serve {args.host}:{args.port}: {error.strerror}")
+    except (OSError, OverflowError) as error:
+        raise SystemExit(f"Cannot serve {host}:{port}: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    args = options("The smallest real chat").parse_args()
+    serve(make_app(), args.host, args.port)
