@@ -18,7 +18,6 @@ from pathlib import Path
 from aiohttp import WSMsgType, web
 from aiohttp.http import HttpProcessingError
 
-MAX_MESSAGE = 2**14  # bytes; a longer message closes its sender with 1009
 MAX_BATCH = 2**17  # bytes said but not sent; above, whoever has more to say waits
 MAX_BEHIND = 2**22  # bytes sent but not written to a user; above, the user is let go
 BURST, RATE = 2**17, 2**15  # bytes a user may say at once, and bytes a second then
@@ -43,18 +42,17 @@ class Batch:
 class User(web.WebSocketResponse):
     """The WebSocket of one user, over the `transport` of its request."""
 
-    written: Batch  # from login on, the last one written to the transport
-    paid_until = 0.0  # the loop's time at which all that was said is paid
-
     def __init__(self, name: str, transport: asyncio.Transport) -> None:
         super().__init__(
             heartbeat=25,  # seconds of silence before a ping; the pong has half of that
             timeout=2,  # seconds for the answer to a close frame
             autoping=False,  # else a flood of pings is answered for free
             compress=False,  # what is compressed is not the same bytes for everyone
-            max_msg_size=MAX_MESSAGE + 1,  # in aiohttp, the first size that is too big
+            max_msg_size=2**14 + 1,  # bytes: the first size that closes with 1009
         )
         self.name, self.transport = name, transport
+        self.written = Batch(b"", 0)  # the last one written to the transport
+        self.paid_until = 0.0  # the loop's time at which all that was said is paid
 
     async def pay(self, size: int) -> None:
         """Take `size` bytes out of the token bucket; while it is overdrawn, TCP has to wait."""
@@ -63,28 +61,17 @@ class User(web.WebSocketResponse):
         if self.paid_until > now and not self.transport.is_closing():
             await asyncio.sleep(self.paid_until - now)
 
-    def is_ready(self) -> bool:
-        """Tell whether this is open, and its peer has taken all that was written."""
-        transport = self.transport
-        closing = self.closed or transport.is_closing()
-        return not closing and not transport.get_write_buffer_size()
-
     def catch_up(self) -> None:
         """Write what was sent since, about 64 KiB each time the transport is empty."""
-        while (batch := self.written.next) and self.is_ready():
-            frames, end = [batch.frames], batch.end + 2**16
-            while batch.next and batch.end < end:
-                batch = batch.next
+        held = self.transport.get_write_buffer_size  # bytes that its peer has not taken
+        while self.written.next and not (held() or self.closed):
+            frames, end = [], self.written.end + 2**16  # bytes
+            while (batch := self.written.next) and self.written.end < end:
                 frames.append(batch.frames)
-            self.written = batch
+                self.written = batch
             self.transport.write(b"".join(frames))
-        if batch:
+        if self.written.next:
             asyncio.get_running_loop().call_later(0.05, self.catch_up)  # seconds
-
-    def cut_off(self) -> None:
-        """End a transport that is closing, but waits until its peer takes what it holds."""
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
 
 
 class Room:
@@ -150,15 +137,12 @@ class Room:
                 self.leave(user, "was let go: too far behind")
                 user.transport.abort()
 
-    async def close(self, code: int, reason: str) -> None:
+    async def close(self, code: int, reason: bytes) -> None:
         """Log everyone off; takes 2 s at most, even if nobody answers."""
         self.flush()
-        users = list(self.users.values())
-        for user in users:
-            self.leave(user, f"was let go: {reason}")
-        await asyncio.gather(
-            *(u.close(code=code, message=reason.encode()) for u in users)
-        )
+        for user in (users := list(self.users.values())):
+            self.leave(user, "was let go: " + reason.decode())
+        await asyncio.gather(*(u.close(code=code, message=reason) for u in users))
 
 
 ROOM = web.AppKey("room", Room)
@@ -166,8 +150,8 @@ ROOM = web.AppKey("room", Room)
 
 def is_cross_origin(request: web.Request) -> bool:
     """Tell whether a page of another host sent `request` (RFC 6455, section 10.2)."""
-    # The scheme may differ, if a proxy does the TLS; it may be null, without a host.
     origin = request.headers.get("Origin", "://" + request.host)
+    # Not the scheme: a proxy may do the TLS.
     return origin.partition("://")[2].lower() != request.host.lower()
 
 
@@ -177,8 +161,7 @@ def from_operator(request: web.Request) -> bool:
     proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "Via"))
     own_page = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
     # Under another name, this host's page may be another site's: DNS rebinding.
-    local = host in ("localhost", "127.0.0.1", "[::1]")
-    local = local and request.remote in ("127.0.0.1", "::1")
+    local = {request.remote, host} <= {"127.0.0.1", "::1", "[::1]", "localhost"}
     return local and own_page and not proxied and not is_cross_origin(request)
 
 
@@ -193,7 +176,7 @@ async def page(request: web.Request) -> web.Response:
     elif query.get("resetUsers") == "1" and request.method != "HEAD":  # which is safe
         if not from_operator(request):
             raise web.HTTPForbidden(text="Only the operator may reset the users")
-        await room.close(1000, "the users were reset")
+        await room.close(1000, b"the users were reset")
         text, content_type = "Users reseted", "text/plain"
     else:
         text = Path(__file__).with_name("chat.html").read_text("utf-8")
@@ -225,13 +208,18 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 await room.say(user, text)
                 await user.pay(64 + len(text))  # so that tiny ones are not free
             elif message.type is not WSMsgType.ERROR:  # with which aiohttp ends it
-                # A peer that does not take what was sent needs no pong (section 5.5.3).
-                if message.type is WSMsgType.PING and user.is_ready():
+                held = (
+                    transport.get_write_buffer_size()
+                )  # if any, its peer waits for no pong
+                if message.type is WSMsgType.PING and not held:
                     transport.write(frame(WSMsgType.PONG, message.data))
                 await user.pay(4096 + len(message.data))
     finally:
         room.leave(user)
-        asyncio.get_running_loop().call_later(2, user.cut_off)  # seconds
+        if transport.get_write_buffer_size():
+            await asyncio.sleep(2)  # seconds for its peer to take what it holds
+            if transport.get_write_buffer_size():
+                transport.abort()
     return user
 
 
@@ -241,7 +229,7 @@ def make_app(room: Room | None = None) -> web.Application:
     app[ROOM] = room = room or Room()
     app.add_routes([web.get("/", page), web.post("/", page)])
     app.add_routes([web.get("/ws", websocket, allow_head=False)])
-    app.on_shutdown.append(lambda _: room.close(1001, "the server stops"))
+    app.on_shutdown.append(lambda _: room.close(1001, b"the server stops"))
     return app
 
 
@@ -260,9 +248,9 @@ def options(description: str) -> argparse.ArgumentParser:
 
 def serve(app: web.Application, host: str, port: int) -> None:
     """Serve `app` until Ctrl-C or SIGTERM; if that cannot be, say why and exit."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s")
+    log.setLevel(logging.INFO)
     logging.getLogger("aiohttp.server").addFilter(is_news)
-    logging.getLogger("aiohttp.websocket").setLevel("ERROR")  # not of odd subprotocols
     with suppress(ImportError, OSError, ValueError):  # a page takes two descriptors
         from resource import RLIMIT_NOFILE, getrlimit, setrlimit  # not on Windows
 
@@ -272,7 +260,6 @@ def serve(app: web.Application, host: str, port: int) -> None:
             app,
             host=host,
             port=port,
-            access_log=None,
             backlog=1024,  # after a restart, everyone comes back at once
             shutdown_timeout=1,
             auto_decompress=False,  # nobody reads a body
