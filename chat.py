@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14,<4"]
+# dependencies = ["aiohttp>=3.14.4,<4"]
 # ///
 """The smallest real chat: one room over WebSockets (RFC 6455), at http://localhost:8080.
 
