@@ -35,7 +35,7 @@ class Batch:
     """Frames sent together, and what was sent next: who is behind reads on from here."""
 
     def __init__(self, frames: bytes, end: int) -> None:
-        self.frames, self.end = frames, end  # bytes sent so far, these included
+        self.frames, self.end = frames, end  # bytes sent until then, and 64 a batch
         self.next: Batch | None = None
 
 
@@ -61,10 +61,14 @@ class User(web.WebSocketResponse):
         if self.paid_until > now and not self.transport.is_closing():
             await asyncio.sleep(self.paid_until - now)
 
+    def is_ready(self) -> bool:
+        """Tell whether this is open, and its peer has taken all that was written."""
+        closing = self.closed or self.transport.is_closing()
+        return not (closing or self.transport.get_write_buffer_size())
+
     def catch_up(self) -> None:
         """Write what was sent since, about 64 KiB each time the transport is empty."""
-        held = self.transport.get_write_buffer_size  # bytes that its peer has not taken
-        while self.written.next and not (held() or self.closed):
+        while self.written.next and self.is_ready():
             frames, end = [], self.written.end + 2**16  # bytes
             while (batch := self.written.next) and self.written.end < end:
                 frames.append(batch.frames)
@@ -72,6 +76,11 @@ class User(web.WebSocketResponse):
             self.transport.write(b"".join(frames))
         if self.written.next:
             asyncio.get_running_loop().call_later(0.05, self.catch_up)  # seconds
+
+    def cut_off(self) -> None:
+        """Drop what the peer has not taken: a transport that closes waits for that."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
 
 class Room:
@@ -129,11 +138,13 @@ class Room:
 
     def deliver(self, frames: bytes) -> None:
         """Send `frames`, whole ones, to the users of this process."""
-        self.last.next = self.last = Batch(frames, self.last.end + len(frames))
+        before, self.last = self.last, Batch(frames, self.last.end + 64 + len(frames))
+        before.next = self.last
         for user in list(self.users.values()):
-            if user.written.next is self.last:  # was up to date
+            behind = self.last.end - user.written.end
+            if user.written is before:  # else its next look is scheduled
                 user.catch_up()
-            elif self.last.end - user.written.end > MAX_BEHIND:
+            elif behind > MAX_BEHIND and not user.transport.is_closing():
                 self.leave(user, "was let go: too far behind")
                 user.transport.abort()
 
@@ -208,18 +219,12 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 await room.say(user, text)
                 await user.pay(64 + len(text))  # so that tiny ones are not free
             elif message.type is not WSMsgType.ERROR:  # with which aiohttp ends it
-                held = (
-                    transport.get_write_buffer_size()
-                )  # if any, its peer waits for no pong
-                if message.type is WSMsgType.PING and not held:
+                if message.type is WSMsgType.PING and user.is_ready():
                     transport.write(frame(WSMsgType.PONG, message.data))
                 await user.pay(4096 + len(message.data))
     finally:
         room.leave(user)
-        if transport.get_write_buffer_size():
-            await asyncio.sleep(2)  # seconds for its peer to take what it holds
-            if transport.get_write_buffer_size():
-                transport.abort()
+        asyncio.get_running_loop().call_later(2, user.cut_off)  # seconds
     return user
 
 
