@@ -12,11 +12,13 @@ import argparse
 import asyncio
 import html
 import logging
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
 from aiohttp import WSMsgType, web
 from aiohttp.http import HttpProcessingError
+from aiohttp.typedefs import Handler
 
 MAX_BATCH = 2**17  # bytes said but not sent; above, whoever has more to say waits
 MAX_BEHIND = 2**22  # bytes sent but not written to a user; above, the user is let go
@@ -31,14 +33,6 @@ def frame(opcode: int, payload: bytes) -> bytes:
     return bytes([0x80 | opcode, *length]) + payload  # 0x80: no fragments follow
 
 
-class Batch:
-    """Frames sent together, and what was sent next: who is behind reads on from here."""
-
-    def __init__(self, frames: bytes, end: int) -> None:
-        self.frames, self.end = frames, end  # bytes sent until then, and 64 a batch
-        self.next: Batch | None = None
-
-
 class User(web.WebSocketResponse):
     """The WebSocket of one user, over the `transport` of its request."""
 
@@ -51,7 +45,7 @@ class User(web.WebSocketResponse):
             max_msg_size=2**14 + 1,  # bytes: the first size that closes with 1009
         )
         self.name, self.transport = name, transport
-        self.written = Batch(b"", 0)  # the last one written to the transport
+        self.behind = 0  # batches sent, but not yet written to the transport
         self.paid_until = 0.0  # the loop's time at which all that was said is paid
 
     async def pay(self, size: int) -> None:
@@ -66,20 +60,9 @@ class User(web.WebSocketResponse):
         closing = self.closed or self.transport.is_closing()
         return not (closing or self.transport.get_write_buffer_size())
 
-    def catch_up(self) -> None:
-        """Write what was sent since, about 64 KiB each time the transport is empty."""
-        while self.written.next and self.is_ready():
-            frames, end = [], self.written.end + 2**16  # bytes
-            while (batch := self.written.next) and self.written.end < end:
-                frames.append(batch.frames)
-                self.written = batch
-            self.transport.write(b"".join(frames))
-        if self.written.next:
-            asyncio.get_running_loop().call_later(0.05, self.catch_up)  # seconds
-
     def cut_off(self) -> None:
-        """Drop what the peer has not taken: a transport that closes waits for that."""
-        if self.transport.get_write_buffer_size():
+        """Abort, unless the transport is closed; one that closes waits for its peer."""
+        if self.transport.get_write_buffer_size() or not self.transport.is_closing():
             self.transport.abort()
 
 
@@ -90,7 +73,8 @@ class Room:
         self.users: dict[str, User] = {}  # by name, in order of login
         self.batch = bytearray()  # whole frames, said but not sent
         self.flushed = asyncio.Event()  # set for a moment when the batch is sent
-        self.last = Batch(b"", 0)  # the last one sent
+        self.sent = deque[bytes]()  # the last batches, for who is behind
+        self.size = 0  # bytes in them, and 64 for each
         self.notice_at = 0.0  # the loop's time of the last or next notice
 
     def names(self) -> list[str]:
@@ -101,14 +85,14 @@ class Room:
         """Log `user` in, or raise HTTPConflict; atomic, since nothing in here suspends."""
         if user.name in self.users:
             raise web.HTTPConflict(text=f"User {user.name} already logged in")
-        self.users[user.name], user.written = user, self.last
+        self.users[user.name] = user
         self.changed(user.name, "logged in")
 
     def leave(self, user: User, how: str = "left") -> None:
         """Log `user` off, unless that was done before; the name is free at once."""
         if self.users.get(user.name) is user:
             del self.users[user.name]
-            user.written = Batch(b"", 0)  # nothing follows
+            user.behind = 0  # nothing follows
             self.changed(user.name, how)
 
     def changed(self, name: str, how: str) -> None:
@@ -138,15 +122,31 @@ class Room:
 
     def deliver(self, frames: bytes) -> None:
         """Send `frames`, whole ones, to the users of this process."""
-        before, self.last = self.last, Batch(frames, self.last.end + 64 + len(frames))
-        before.next = self.last
+        self.sent.append(frames)
+        self.size += 64 + len(frames)
+        while self.size > MAX_BEHIND:
+            self.size -= 64 + len(self.sent.popleft())
         for user in list(self.users.values()):
-            behind = self.last.end - user.written.end
-            if user.written is before:  # else its next look is scheduled
-                user.catch_up()
-            elif behind > MAX_BEHIND and not user.transport.is_closing():
+            if not user.behind and user.is_ready():
+                user.transport.write(frames)
+            elif user.behind >= len(self.sent):
                 self.leave(user, "was let go: too far behind")
-                user.transport.abort()
+                user.cut_off()
+            else:
+                user.behind += 1
+                if user.behind == 1:
+                    self.catch_up(user)
+
+    def catch_up(self, user: User) -> None:
+        """Write what `user` has to get, in pieces of 64 KiB, while the transport is empty."""
+        while user.behind and user.is_ready():
+            piece = bytearray()
+            while user.behind and len(piece) < 2**16:
+                piece += self.sent[-user.behind]
+                user.behind -= 1
+            user.transport.write(piece)
+        if user.behind:
+            asyncio.get_running_loop().call_later(0.05, self.catch_up, user)  # seconds
 
     async def close(self, code: int, reason: bytes) -> None:
         """Log everyone off; takes 2 s at most, even if nobody answers."""
@@ -207,7 +207,8 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     with suppress(ValueError):  # aiohttp's, of a header that is not ASCII
         ready = user.can_prepare(request).ok
     if not ready and name not in room.names():
-        headers = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
+        headers["Sec-WebSocket-Version"] = "13"
         raise web.HTTPUpgradeRequired(headers=headers, text="Connect with a WebSocket")
     await room.enter(user)
     try:
@@ -228,19 +229,21 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     return user
 
 
+@web.middleware
+async def in_turn(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let others in before each request: a client may send thousands in one go."""
+    await asyncio.sleep(0)
+    return await handler(request)
+
+
 def make_app(room: Room | None = None) -> web.Application:
     """Return the chat as an application; app[ROOM] is `room`, or one of its own."""
-    app = web.Application()
+    app = web.Application(middlewares=[in_turn])
     app[ROOM] = room = room or Room()
     app.add_routes([web.get("/", page), web.post("/", page)])
     app.add_routes([web.get("/ws", websocket, allow_head=False)])
     app.on_shutdown.append(lambda _: room.close(1001, b"the server stops"))
     return app
-
-
-def is_news(record: logging.LogRecord) -> bool:
-    """Keep requests that are not HTTP off the log: strangers could fill it."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -255,7 +258,9 @@ def serve(app: web.Application, host: str, port: int) -> None:
     """Serve `app` until Ctrl-C or SIGTERM; if that cannot be, say why and exit."""
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
-    logging.getLogger("aiohttp.server").addFilter(is_news)
+    logging.getLogger("aiohttp.server").addFilter(  # not of what is not HTTP
+        lambda r: not (r.exc_info and isinstance(r.exc_info[1], HttpProcessingError))
+    )
     with suppress(ImportError, OSError, ValueError):  # a page takes two descriptors
         from resource import RLIMIT_NOFILE, getrlimit, setrlimit  # not on Windows
 
