@@ -20,8 +20,8 @@ from aiohttp import WSMsgType, web
 from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler
 
-MAX_BATCH = 2**17  # bytes said but not sent; above, whoever has more to say waits
-MAX_BEHIND = 2**22  # bytes sent but not written to a user; above, the user is let go
+MAX_BATCH = 5 * 2**14  # bytes said but not sent; above, whoever has more to say waits
+MAX_BEHIND = 2**22  # bytes sent but not written to somebody; above, the user is let go
 BURST, RATE = 2**17, 2**15  # bytes a user may say at once, and bytes a second then
 log = logging.getLogger("chat")
 
@@ -49,7 +49,7 @@ class User(web.WebSocketResponse):
         self.paid_until = 0.0  # the loop's time at which all that was said is paid
 
     async def pay(self, size: int) -> None:
-        """Take `size` bytes out of the token bucket; while it is overdrawn, TCP has to wait."""
+        """Take `size` bytes out of the token bucket, and wait while it is overdrawn."""
         now = asyncio.get_running_loop().time()
         self.paid_until = max(self.paid_until, now - BURST / RATE) + size / RATE
         if self.paid_until > now and not self.transport.is_closing():
@@ -61,7 +61,7 @@ class User(web.WebSocketResponse):
         return not (closing or self.transport.get_write_buffer_size())
 
     def cut_off(self) -> None:
-        """Abort, unless the transport is closed; one that closes waits for its peer."""
+        """End this, unless it has ended; to close would wait for what its peer has to take."""
         if self.transport.get_write_buffer_size() or not self.transport.is_closing():
             self.transport.abort()
 
@@ -96,7 +96,7 @@ class Room:
             self.changed(user.name, how)
 
     def changed(self, name: str, how: str) -> None:
-        """Log who came or went; tell everyone, but cause at most 1,000 requests a second."""
+        """Log who came or went; have everyone ask for the list, 1,000 a second at most."""
         log.info("%s %s, %d here", name, how, len(self.users))
         loop = asyncio.get_running_loop()
         if self.notice_at <= loop.time():
@@ -138,10 +138,10 @@ class Room:
                     self.catch_up(user)
 
     def catch_up(self, user: User) -> None:
-        """Write what `user` has to get, in pieces of 64 KiB, while the transport is empty."""
+        """Write what `user` has to get, in pieces of 16 KiB, while the transport is empty."""
         while user.behind and user.is_ready():
             piece = bytearray()
-            while user.behind and len(piece) < 2**16:
+            while user.behind and len(piece) < 2**14:
                 piece += self.sent[-user.behind]
                 user.behind -= 1
             user.transport.write(piece)
