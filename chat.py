@@ -57,8 +57,8 @@ class User(web.WebSocketResponse):
 
     def is_ready(self) -> bool:
         """Tell whether this is open, and its peer has taken all that was written."""
-        closing = self.closed or self.transport.is_closing()
-        return not (closing or self.transport.get_write_buffer_size())
+        transport = self.transport
+        return not (transport.is_closing() or transport.get_write_buffer_size())
 
     def cut_off(self) -> None:
         """End this, unless it has ended; to close would wait for what its peer has to take."""
@@ -138,15 +138,16 @@ class Room:
                     self.catch_up(user)
 
     def catch_up(self, user: User) -> None:
-        """Write what `user` has to get, in pieces of 16 KiB, while the transport is empty."""
-        while user.behind and user.is_ready():
-            piece = bytearray()
+        """Write the next 16 KiB that `user` is behind, if ready; go on, but let others in."""
+        pause = 0.05  # seconds
+        if user.is_ready():
+            piece, pause = bytearray(), 0
             while user.behind and len(piece) < 2**14:
                 piece += self.sent[-user.behind]
                 user.behind -= 1
             user.transport.write(piece)
         if user.behind:
-            asyncio.get_running_loop().call_later(0.05, self.catch_up, user)  # seconds
+            asyncio.get_running_loop().call_later(pause, self.catch_up, user)
 
     async def close(self, code: int, reason: bytes) -> None:
         """Log everyone off; takes 2 s at most, even if nobody answers."""
