@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14,<4"]
+# dependencies = ["aiohttp>=3.14.4,<4"]
 # ///
 """The chat in a window of its own: the article's bonus program, for every desktop.
 
@@ -28,7 +28,7 @@ try:
 except ImportError:
     sys.exit("desktop.py: this Python has no Tk; install python3-tk or python-tk")
 
-MAX_MESSAGE = 2**20  # bytes in a message, the server's limit
+MAX_MESSAGE = 2**14  # bytes in a message, the server's limit
 KEPT = 1000  # messages; older ones go
 TICK = 30  # milliseconds between two looks at the news
 PORTION = 50_000  # characters drawn in a tick; each message counts 100 on top
