@@ -1,0 +1,936 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "aiohttp>=3.14.4,<4", "pytest", "pytest-aiohttp", "playwright", "psutil",
+#     "axe-playwright-python",
+# ]
+# ///
+"""Files, notifications and the signalling of calls: each test is one sentence of them.
+
+What is seen is the wire, the disk, and a real Chromium. The calls are in test_call.py.
+"""
+
+import asyncio
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+import wave
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import unquote
+
+import media
+import playwright.async_api
+import psutil
+import pytest
+import pytest_asyncio
+from aiohttp import ClientSession, ClientWSTimeout, TCPConnector, web
+from aiohttp.test_utils import TestClient, TestServer
+from axe_playwright_python.async_playwright import Axe
+from playwright.async_api import Browser, Locator, Page, async_playwright, expect
+from yarl import URL
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # a browser starts slowly
+on_page = pytest.mark.page
+fixture = pytest_asyncio.fixture(loop_scope="module")
+HERE = Path(__file__).parent
+LIMIT = 30  # seconds after which whatever is awaited is not going to happen
+MEBIBYTE = 2**20
+UPLOAD = "POST /files?user=Jack&name=a\nContent-Length: 50000"
+UPGRADE = (
+    "GET /call/call/ws?key=jill\nUpgrade: websocket\nConnection: Upgrade\n"
+    "Sec-WebSocket-Version: 13\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+)
+Chat = TestClient[web.Request, web.Application]
+expect.set_options(timeout=LIMIT * 1000)
+
+
+class Server(TestServer):
+    """A test server that runs as chat.serve does."""
+
+    async def _make_runner(self, **options: Any) -> web.AppRunner:
+        return web.AppRunner(self.app, shutdown_timeout=1, auto_decompress=False)
+
+
+@asynccontextmanager
+async def serve(
+    folder: Path, file: int, total: int, *ice: str
+) -> AsyncIterator[TestClient]:
+    """Serve a chat in which Jack is, with so many bytes a file and in all."""
+    servers = [media.ice_server(text) for text in ice]
+    server = Server(media.make_app(media.Files(folder, file, total), servers))
+    async with TestClient(server, connector=TCPConnector(limit=0)) as client:
+        await client.ws_connect("/ws?user=Jack")
+        yield client
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "files").mkdir()
+    return tmp_path / "files"
+
+
+@fixture
+async def client(folder):
+    async with serve(folder, 100_000, 250_000) as client:
+        yield client
+
+
+async def attach(client: Chat, body: Any, name: str = "cat.png", **options: Any) -> str:
+    """Upload as Jack; return the path, or the status and the reason of a refusal."""
+    query = {"user": "Jack", "name": name}
+    response = await client.post("/files", params=query, data=body, **options)
+    text = await response.text()
+    assert response.content_type == "text/plain"
+    return text if response.status == 201 else f"{response.status} {text}"
+
+
+async def get(client: Chat, path: str | URL) -> tuple[int, bytes]:
+    response = await client.get(path)
+    return response.status, await response.read()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Let everything run until `condition` holds."""
+    async with asyncio.timeout(LIMIT):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def connect(
+    port: int | None, head: str, body: bytes = b""
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send the head of a request and the beginning of its body."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    first, *rest = head.splitlines()
+    lines = [f"{first} HTTP/1.1", f"Host: 127.0.0.1:{port}", *rest, "\r\n"]
+    writer.write("\r\n".join(lines).encode() + body)
+    return reader, writer
+
+
+async def line(reader: asyncio.StreamReader) -> str:
+    async with asyncio.timeout(LIMIT):
+        return (await reader.readline()).decode()
+
+
+def stored(folder: Path) -> list[int]:
+    """Return the sizes of the files in `folder`."""
+    return sorted(path.stat().st_size for path in folder.iterdir())
+
+
+# The page
+
+
+async def test_the_page_is_the_chats_with_a_script_and_a_policy_for_it(client):
+    text = (await get(client, "/"))[1].decode()
+    for part in (
+        '<script type="module" src="media.js"></script>',
+        "script-src 'self' 'unsafe-inline';",
+        "media-src 'self'; img-src 'self' data:;",
+        "default-src 'none';",
+        "require-trusted-types-for 'script'",
+    ):
+        assert text.count(part) == 1
+    assert "javascript" in (await client.get("/media.js")).content_type
+    assert await get(client, "/?getUsers2=1") == (200, b"Jack")
+
+
+async def test_a_page_with_no_place_for_the_script_ends_the_start(tmp_path):
+    (tmp_path / "bonus").mkdir()
+    shutil.copy(HERE / "media.py", tmp_path / "bonus")
+    shutil.copy(HERE.parent / "chat.py", tmp_path)
+    page = (HERE.parent / "chat.html").read_text("utf-8").replace("</body>", "")
+    (tmp_path / "chat.html").write_text(page, "utf-8")
+    error = "media.py: chat.html has not one place for </body>"
+    assert await failure("--port", "0", cwd=tmp_path / "bonus") == (1, error)
+
+
+# Files
+
+
+async def test_an_attached_file_can_be_fetched_as_it_was(client):
+    path = await attach(client, bytes(range(256)))
+    assert re.fullmatch(r"/files/[\w-]{22}/cat\.png", path)
+    response = await client.get(path)
+    assert await response.read() == bytes(range(256))
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Content-Security-Policy"] == "sandbox"
+    assert (await get(client, "/files/" + "a" * 22 + "/cat.png"))[0] == 404
+
+
+async def test_a_range_of_a_file_can_be_fetched(client):
+    path = await attach(client, b"0123456789", "film.mp4")
+    response = await client.get(path, headers={"Range": "bytes=2-4"})
+    assert (response.status, await response.text()) == (206, "234")
+    assert response.headers["Content-Range"] == "bytes 2-4/10"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content_type"),
+    [
+        *(("jpeg", "image/jpeg"), ("webp", "image/webp"), ("mp3", "audio/mpeg")),
+        *(("ogg", "audio/ogg"), ("m4a", "audio/mp4"), ("webm", "video/webm")),
+        ("TXT", "text/plain; charset=utf-8"),
+        *((kind, None) for kind in ["svg", "html", "js", "pdf", "svgz", "txt.gz", "x"]),
+    ],
+)
+async def test_pictures_sound_films_and_plain_text_are_shown_all_else_is_downloaded(
+    client, suffix, content_type
+):
+    response = await client.get(await attach(client, b"<script>", f"a.{suffix}"))
+    expected = content_type or "application/octet-stream"
+    assert response.headers["Content-Type"] == expected
+    disposition = response.headers.get("Content-Disposition")
+    assert disposition == (None if content_type else "attachment")
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("../../x", "x"),
+        ("C:\\cats\\cat.png", "cat.png"),
+        ("/", "file"),
+        ("..", "file"),
+        ("a\0b\r\n\u202e.txt", "ab.txt"),
+        ("żółw 猫 نمی‌خواهم.png", "żółw 猫 نمی‌خواهم.png"),
+        ("100%2Fa#b&c?.png", "100%2Fa#b&c?.png"),
+        ("猫" * 255 + ".png", "猫" * 96 + ".png"),
+    ],
+)
+async def test_a_name_keeps_its_script_and_loses_its_path(client, folder, name, kept):
+    path = await attach(client, b"1", name)
+    assert path.isascii()
+    assert unquote(path.split("/", 3)[3]) == kept
+    assert await get(client, URL(path, encoded=True)) == (200, b"1")
+    assert stored(folder) == [1]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+async def test_only_who_is_in_the_room_may_attach_and_no_page_of_another_site(
+    client, folder
+):
+    for user in "Jill", "", "jack":
+        response = await client.post(f"/files?user={user}&name=a", data=b"1")
+        text = "Log in first: files are for who is in the room"
+        assert (response.status, await response.text()) == (403, text)
+    for origin in "https://example.com", "null":
+        answer = await attach(client, b"1", headers={"Origin": origin})
+        assert answer == "403 The pages of other sites may not attach files"
+    assert stored(folder) == []
+    own = {"Origin": f"http://127.0.0.1:{client.port}"}
+    assert (await attach(client, b"1", headers=own)).startswith("/files/")
+
+
+async def test_a_file_too_large_or_of_unknown_size_is_refused_before_it_comes(client):
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(1000)
+
+    assert (await attach(client, bytes(100_001)))[:25] == "413 The file is too large"
+    assert await attach(client, endless()) == "411 The size of the file is missing"
+    assert (await attach(client, bytes(100_000))).startswith("/files/")
+
+
+async def test_the_oldest_files_go_when_the_quota_is_used_up(client, folder):
+    sizes = 100_000, 90_000, 80_000
+    paths = [await attach(client, bytes(size)) for size in sizes]
+    assert [(await get(client, path))[0] for path in paths] == [404, 200, 200]
+    assert stored(folder) == [80_000, 90_000]
+
+
+async def test_even_empty_files_use_up_the_quota(client, folder):
+    for _ in range(20):
+        assert (await attach(client, b"")).startswith("/files/")
+    assert stored(folder) == [0] * 15  # each counts 16 KiB
+
+
+async def test_a_file_that_is_being_uploaded_counts_and_stays(client, folder):
+    begun = [await connect(client.port, UPLOAD, bytes(49_999)) for _ in range(3)]
+    await until(lambda: stored(folder) == [49_999] * 3)
+    assert await attach(client, bytes(90_000)) == "507 The disk quota is used up"
+    for reader, writer in begun:
+        writer.write(b"1")
+        assert "201" in await line(reader)
+    assert stored(folder) == [50_000] * 3
+
+
+async def test_a_file_that_is_being_read_stays(folder):
+    async with serve(folder, 32 * MEBIBYTE, 40 * MEBIBYTE) as client:
+        path = await attach(client, bytes(32 * MEBIBYTE), "film.mp4")
+        reader, writer = await connect(client.port, f"GET {path}")
+        assert "200" in await line(reader)  # and the rest is not read
+        for _ in range(2):
+            answer = await attach(client, bytes(9 * MEBIBYTE))
+            assert answer == "507 The disk quota is used up"
+        assert stored(folder) == [32 * MEBIBYTE]
+        writer.transport.abort()
+        async with asyncio.timeout(LIMIT):
+            while not (await attach(client, bytes(9 * MEBIBYTE))).startswith("/files/"):
+                pass
+        assert stored(folder) == [9 * MEBIBYTE]
+
+
+async def test_an_upload_that_ends_early_leaves_nothing(client, folder):
+    _, writer = await connect(client.port, UPLOAD, bytes(40_000))
+    await until(lambda: stored(folder) == [40_000])
+    writer.close()
+    await until(lambda: not any(folder.iterdir()))
+    for size in 100_000, 100_000:  # for which there is room again
+        assert (await attach(client, bytes(size))).startswith("/files/")
+    assert stored(folder) == [100_000, 100_000]
+
+
+async def test_an_upload_that_stalls_is_ended(client, folder, monkeypatch):
+    reader, writer = await connect(client.port, UPLOAD, bytes(49_999))
+    await until(lambda: stored(folder) == [49_999])
+    pass_a_while(monkeypatch)
+    assert "408" in await line(reader)
+    assert stored(folder) == []
+    writer.close()
+
+
+async def test_a_download_that_stalls_is_ended(folder, monkeypatch):
+    async with serve(folder, 32 * MEBIBYTE, 40 * MEBIBYTE) as client:
+        path = await attach(client, bytes(32 * MEBIBYTE))
+        reader, writer = await connect(client.port, f"GET {path}")
+        assert "200" in await line(reader)
+        pass_a_while(monkeypatch)
+        async with asyncio.timeout(LIMIT):
+            while not (await attach(client, bytes(9 * MEBIBYTE))).startswith("/files/"):
+                await asyncio.sleep(0.05)
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await reader.readexactly(32 * MEBIBYTE)
+        writer.close()
+
+
+def pass_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the clock of the event loop forward by more than 32 MiB at 32 KiB/s."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    monkeypatch.setattr(loop, "time", lambda: clock() + 1100)
+
+
+# The server as a process
+
+
+async def start(*options: str, cwd: Path = HERE) -> Process:
+    command = [sys.executable, str(cwd / "media.py"), "--host", "127.0.0.1", *options]
+    return await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
+
+
+async def failure(*options: str, cwd: Path = HERE) -> tuple[int | None, str]:
+    """Return the status, and the last line on stderr, of a start that fails."""
+    process = await start(*options, cwd=cwd)
+    _, said = await asyncio.wait_for(process.communicate(), LIMIT)
+    return process.returncode, said.decode().splitlines()[-1]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def running(port: int, *options: str) -> AsyncIterator[Process]:
+    """Run media.py at `port` until the end of the block."""
+    process = await start("--port", str(port), *options)
+    try:
+        assert process.stdout
+        assert b"Running on" in await process.stdout.readline()
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+async def test_files_in_a_folder_of_ones_own_outlive_the_server(folder):
+    (folder / "my holiday.jpg").write_bytes(b"1")  # is none of this
+    os.utime(folder / "my holiday.jpg", (0, 0))
+    options = ("--files", str(folder), "--max-file", "1", "--max-total", "4")
+    port, body = free_port(), bytes(1_000_000)
+    url = f"http://127.0.0.1:{port}"
+
+    async def upload() -> str:
+        async with http.ws_connect(f"{url}/ws?user=Jack"):
+            response = await http.post(f"{url}/files?user=Jack", data=body)
+            return await response.text()
+
+    async with ClientSession() as http:
+        async with running(port, *options):
+            paths = [await upload() for _ in range(4)]
+        for age, path in enumerate(paths):  # the last one becomes the oldest
+            os.utime(folder / path.split("/")[2], (9 - age, 9 - age))
+        async with running(port, *options):
+            await upload()
+            answers = [await http.get(url + path) for path in paths]
+            assert [answer.status for answer in answers] == [200, 200, 200, 404]
+            assert await answers[0].read() == body
+    assert (folder / "my holiday.jpg").read_bytes() == b"1"
+
+
+async def test_without_a_folder_of_ones_own_the_files_go_with_the_server(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    port = free_port()
+    async with running(port) as process, ClientSession() as http:
+        url = f"http://127.0.0.1:{port}"
+        _jack = await http.ws_connect(f"{url}/ws?user=Jack")
+        _member = await http.ws_connect(f"{url}/call/a/ws?user=Jack")
+        await http.post(f"{url}/files?user=Jack", data=b"1")
+        _, _writer = await connect(port, UPLOAD, bytes(9))
+        await until(lambda: len([*tmp_path.rglob("chat-*/*")]) == 2)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), LIMIT)
+        assert list(tmp_path.iterdir()) == []
+        assert process.returncode == 0
+        assert process.stderr
+        assert b"Traceback" not in await process.stderr.read()
+
+
+async def test_200_uploads_at_once_cost_under_50_mebibytes_even_on_a_slow_disk(
+    folder, monkeypatch
+):
+    (folder.parent / "sitecustomize.py").write_text(
+        "import asyncio, time\n"
+        "thread = asyncio.to_thread\n"
+        "slow = lambda write, chunk: (time.sleep(0.02), write(chunk))\n"
+        "asyncio.to_thread = lambda write, chunk: thread(slow, write, chunk)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+    options = ("--files", str(folder), "--max-total", "8000")
+    port, loop, size = free_port(), asyncio.get_running_loop(), 20 * MEBIBYTE
+    head = (
+        f"POST /files?user=Jack HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n"
+    )
+    sent = memoryview(head.encode() + bytes(size))
+
+    async def upload() -> None:
+        with socket.socket() as connection:
+            connection.setblocking(False)
+            await loop.sock_connect(connection, ("127.0.0.1", port))
+            await loop.sock_sendall(connection, sent)
+
+    async with running(port, *options) as process, ClientSession() as http:
+        _jack = await http.ws_connect(f"http://127.0.0.1:{port}/ws?user=Jack")
+        server = psutil.Process(process.pid)
+        before = most = server.memory_info().rss
+        begun = [asyncio.create_task(upload()) for _ in range(200)]
+        async with asyncio.timeout(2 * LIMIT):
+            # None ends: all are cut off when each has a part of its 20 MiB on the disk.
+            while len(sizes := stored(folder)) < 200 or sizes[0] < MEBIBYTE / 3:
+                await asyncio.sleep(0.02)
+                most = max(most, server.memory_info().rss)
+        for task in begun:
+            task.cancel()
+        assert most - before < 50 * MEBIBYTE
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--ice=stun", "--ice=http://a", "--ice=turn:a", "--ice=stun:a?secret=b"],
+)
+async def test_a_bad_option_is_an_error_of_one_line(option):
+    error = "argument --ice: expected stun:HOST or turn:HOST?secret=SECRET"
+    assert await failure(option) == (2, f"media.py: error: {error}")
+
+
+# Signalling
+
+
+async def join(client: Chat, name: str, key: str, call: str = "call") -> Any:
+    path, timeout = (
+        f"/call/{call}/ws?user={name}&key={key}",
+        ClientWSTimeout(ws_close=0.1),
+    )
+    return await client.ws_connect(path, timeout=timeout)
+
+
+async def told(ws: Any, what: type = dict) -> Any:
+    """Return the next news of the members, or the next signal, which is a list."""
+    async with asyncio.timeout(LIMIT):
+        while not isinstance(said := json.loads(await ws.receive_str()), what):
+            pass
+        return said
+
+
+# The first 16 digits of the SHA-256 of "jack", and of "jill".
+JACK, JILL = "31611159e7e6ff78", "8cf37351b60f0008"
+
+
+async def test_the_members_are_told_who_comes_and_goes(client):
+    jack = await join(client, "Jack", "jack")
+    assert await told(jack) == {"id": JACK, "members": {JACK: "Jack"}, "ice": []}
+    jill = await join(client, " Jill ", "jill")
+    both = {JACK: "Jack", JILL: "Jill"}
+    assert (await told(jack))["members"] == both
+    assert await told(jill) == {"id": JILL, "members": both, "ice": []}
+    await jill.close()
+    assert (await told(jack))["members"] == {JACK: "Jack"}
+
+
+async def test_descriptions_and_candidates_reach_one_member_of_the_call(client):
+    jack, jill = await join(client, "Jack", "jack"), await join(client, "Jill", "jill")
+    others = await join(client, "John", "a"), await join(client, "Jill", "jill", "b")
+    for said in ["description", {"sdp": "ż"}], ["candidate", {"candidate": "a"}]:
+        await jack.send_json([JILL, *said])
+        assert await told(jill, list) == [JACK, *said]
+    await jack.close()
+    assert len((await told(others[0]))["members"]) == 3
+    assert len((await told(others[0]))["members"]) == 2  # and nothing between
+    await told(others[1])
+    with pytest.raises(TimeoutError):
+        await others[1].receive(timeout=0.1)
+
+
+async def test_nothing_else_is_passed_on(client):
+    jack, jill = await join(client, "Jack", "jack"), await join(client, "Jill", "jill")
+    for text in (
+        *("", "hello", "[]", "{}", "1", "null", "[" * 16_000, "9" * 16_000),
+        f'["{JILL}"]',
+        f'["{JILL}", "text", {{}}]',
+        f'["{JILL}", ["candidate"], {{}}]',
+        f'["{JILL}", "candidate", {{}}, 1]',
+        '[[], "candidate", {}]',
+        f'["{JACK[::-1]}", "candidate", {{}}]',
+    ):
+        await jack.send_str(text)
+    await jack.send_bytes(f'["{JILL}", "candidate", {{"candidate": "a"}}]'.encode())
+    await jack.send_json([JILL, "candidate", {}])
+    assert await told(jill, list) == [JACK, "candidate", {}]
+
+
+async def test_a_message_of_over_16_kibibytes_closes_its_sender_alone(client):
+    jack, jill = await join(client, "Jack", "jack"), await join(client, "Jill", "jill")
+    await jack.send_str(f'["{JILL}", "candidate", "'.ljust(2**14 - 2, "a") + '"]')
+    assert (await told(jill, list))[1] == "candidate"
+    await jack.send_str(" " * (2**14 + 1))
+    async with asyncio.timeout(LIMIT):
+        async for _ in jack:
+            pass
+    assert jack.close_code == 1009
+    assert len((await told(jill))["members"]) == 1
+
+
+async def test_who_sends_too_much_is_read_more_slowly_but_loses_nothing(client):
+    jack, jill = await join(client, "Jack", "jack"), await join(client, "Jill", "jill")
+    began, sdp = time.monotonic(), "a" * 16_000
+
+    async def send() -> None:
+        for number in range(12):  # 188 KiB, of which 128 are free, at 32 KiB/s
+            await jack.send_json([JILL, "description", {"sdp": sdp, "n": number}])
+
+    sending = asyncio.create_task(send())
+    numbers = [(await told(jill, list))[2]["n"] for _ in range(12)]
+    assert numbers == list(range(12))
+    assert time.monotonic() - began > 1
+    await sending
+
+
+async def test_the_seventh_is_told_that_the_call_is_full_until_one_leaves(client):
+    members = [await join(client, "Jack", key) for key in "abcdef"]
+    jill = await join(client, "Jill", "jill")
+    closed = await jill.receive()
+    assert closed.data == 4000
+    assert closed.extra == "the call is full, it has 6 members"
+    await members[0].close()
+    assert (await told(await join(client, "Jill", "jill")))["id"] == JILL
+
+
+async def test_who_comes_again_with_the_same_key_is_the_same_member(client):
+    members = [await join(client, "Jill", key) for key in "abcde"]
+    lost = await join(client, "Jack", "jack")
+    again = await join(client, "Jack", "jack")  # also where the call is full
+    assert (await told(again))["id"] == JACK
+    assert [len((await told(members[4]))["members"]) for _ in range(4)] == [5, 6, 5, 6]
+    await told(lost)
+    await lost.receive()
+    assert lost.closed
+    with pytest.raises(TimeoutError):
+        await members[4].receive(timeout=0.1)
+
+
+async def test_the_pages_of_other_sites_may_not_join(client):
+    for headers in {"Origin": "https://example.com"}, {"Origin": "null"}:
+        response = await client.get("/call/a/ws", headers=headers)
+        assert response.status == 403
+
+
+async def test_turn_credentials_are_those_of_coturns_use_auth_secret(
+    folder, monkeypatch
+):
+    turn = "turns:[::1]:5349?transport=tcp&secret=no&rth+"
+    async with serve(folder, 1, 1, "stun:example.com", turn) as client:
+        monkeypatch.setattr(time, "time", lambda: 1_700_000_000.9)
+        said = await told(await join(client, "Jack", "jack"))
+    assert said["ice"] == [
+        {"urls": "stun:example.com"},
+        {
+            "urls": "turns:[::1]:5349?transport=tcp",
+            "username": "1700086400",
+            "credential": "OgB9fIRspiFIaP73sw8wbkcDLVE=",
+        },
+    ]
+
+
+async def test_a_member_who_does_not_read_is_let_go_and_stalls_nobody(
+    client, monkeypatch
+):
+    monkeypatch.setattr(media.chat, "BURST", 2**30)  # else it takes a minute
+    jill, writer = await connect(client.port, UPGRADE)
+    assert "101" in await line(jill)
+    senders = [await join(client, "Jack", key) for key in "abcde"]
+    signal = json.dumps([JILL, "candidate", "a" * 16_000])
+
+    async def flood(ws: Any) -> None:
+        while True:
+            await ws.send_str(signal)
+
+    floods = [asyncio.create_task(flood(ws)) for ws in senders[1:]]
+    while len((await told(senders[0]))["members"]) < 6:
+        pass
+    async with asyncio.timeout(20):  # seconds; a heartbeat that fails takes longer
+        assert JILL not in (await told(senders[0]))["members"]
+    for task in floods:
+        task.cancel()
+    writer.close()
+
+
+# The page, in Chromium
+
+
+def unable(missing: str) -> NoReturn:
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"this test needs {missing}")
+    raise AssertionError
+
+
+@asynccontextmanager
+async def chromium(*arguments: str) -> AsyncIterator[Browser]:
+    """Playwright's own Chromium if it is there, else what the machine has."""
+    async with async_playwright() as player:
+        names = "chromium", "chromium-browser", "google-chrome", "chrome"
+        path = next(filter(None, map(shutil.which, names)), None)
+        found: dict[str, Any]
+        for found in {}, {"executable_path": path}, {"channel": "chrome"}:
+            with suppress(playwright.async_api.Error):
+                browser = await player.chromium.launch(**found, args=arguments)
+                yield browser
+                await browser.close()
+                return
+    unable("a browser: apt install chromium, or playwright install")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser():
+    async with chromium() as browser:
+        yield browser
+
+
+# Records what is shown, and can hide the page, as another tab in front of it would.
+SPY = """
+window.shown = [];
+window.Notification = class extends Notification {
+  constructor(title, options) {
+    super(title, options);
+    shown.push([title, options.body]);
+  }
+};
+let hidden = false;
+const frame = window.requestAnimationFrame;
+window.requestAnimationFrame = (draw) => hidden ? 0 : frame(draw);
+Object.defineProperty(document, "hidden", { get: () => hidden });
+window.hide = (now) => {
+  hidden = now;
+  document.dispatchEvent(new Event("visibilitychange"));
+};
+"""
+
+
+@fixture
+async def page(browser, folder):
+    """The page with John in the room; 1 MiB a file, 3 MiB in all; its errors fail."""
+    async with serve(folder, MEBIBYTE, 3 * MEBIBYTE) as client:
+        context = await browser.new_context(base_url=str(client.make_url("/")))
+        page, errors = await context.new_page(), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "console", lambda m: "Content Security" in m.text and errors.append(m.text)
+        )
+        await page.add_init_script(SPY)
+        await page.goto("/")
+        await enter(page)
+        yield page
+        await context.close()
+        assert errors == []
+
+
+async def enter(page: Page) -> None:
+    await page.get_by_role("textbox", name="User name").fill("John")
+    await page.get_by_role("textbox", name="User name").press("Enter")
+    await expect(page.locator("#status")).to_have_text("Online")
+
+
+def log(page: Page) -> Locator:
+    return page.get_by_role("log")
+
+
+def uploads(page: Page) -> Locator:
+    return page.get_by_role("list", name="Uploads").get_by_role("listitem")
+
+
+def notify(page: Page) -> Locator:
+    return page.get_by_role("switch", name="Notify")
+
+
+async def pick(page: Page, *files: tuple[str, bytes]) -> None:
+    async with page.expect_file_chooser() as chooser:
+        await page.get_by_role("button", name="Attach").click()
+    picked = [{"name": name, "mimeType": "", "buffer": body} for name, body in files]
+    await (await chooser.value).set_files(picked)
+
+
+def picture() -> bytes:
+    """Return a picture of 64 x 600 pixels, in the simplest format there is."""
+    head = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 115_254, 0, 54, 40, 64, 600,
+                       1, 24, 0, 115_200, 0, 0, 0, 0)  # fmt: skip
+    return head + bytes([200, 120, 60]) * 64 * 600
+
+
+def sound() -> bytes:
+    """Return one second of sound."""
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as track:
+        track.setparams((1, 1, 8000, 0, "NONE", ""))
+        track.writeframes(bytes(8000))
+    return stream.getvalue()
+
+
+async def say(page: Page, *texts: str) -> None:
+    """Say `texts` as Jill, who need not be in the room before."""
+    url = f"{page.url.rstrip('/')}/ws?user=Jill"
+    async with ClientSession() as http, http.ws_connect(url) as jill:
+        for text in texts:
+            await jill.send_str(text)
+        async with asyncio.timeout(LIMIT):
+            while f"Jill: {texts[-1]}" not in await jill.receive_str():
+                pass
+
+
+@on_page
+async def test_picked_files_are_said_in_their_order_and_a_draft_stays(page):
+    message = page.get_by_role("textbox", name="Message")
+    await message.fill("half a word")
+    await pick(page, ("żółw + 100%.bin", b"1"), ("a.bin", b"2"))
+    links = log(page).get_by_role("link")
+    await expect(links).to_have_text(["żółw + 100%.bin", "a.bin"])
+    for number, body in enumerate([b"1", b"2"]):
+        href = await links.nth(number).get_attribute("href")
+        assert await (await page.request.get(href)).body() == body
+    await expect(uploads(page)).to_have_count(0)
+    await expect(message).to_have_value("half a word")
+
+
+@on_page
+@pytest.mark.parametrize("event", ["drop", "paste"])
+async def test_a_dropped_or_pasted_file_is_attached(page, event):
+    await page.get_by_role("textbox", name="Message").evaluate(
+        """(tag, event) => {
+          const data = new DataTransfer();
+          data.items.add(new File(["hello"], "notes.txt"));
+          const options = { bubbles: true, cancelable: true };
+          tag.dispatchEvent(event === "paste"
+            ? new ClipboardEvent(event, { ...options, clipboardData: data })
+            : new DragEvent(event, { ...options, dataTransfer: data }));
+        }""",
+        event,
+    )
+    link = log(page).get_by_role("link", name="notes.txt")
+    answer = await page.request.get(await link.get_attribute("href"))
+    assert await answer.body() == b"hello"
+
+
+@on_page
+async def test_a_picture_is_shown_and_the_log_stays_at_its_end(page):
+    await pick(page, ("cat.bmp", picture()), ("dog.bmp", picture()))
+    for name in "cat.bmp", "dog.bmp":
+        image = log(page).get_by_role("img", name=name)
+        await page.wait_for_function(
+            "i => i.naturalHeight == 600", arg=await image.element_handle()
+        )
+        assert await image.get_attribute("loading") == "lazy"
+        assert (await image.bounding_box())["height"] == 256
+    at_end = "e => e.scrollHeight - e.scrollTop - e.clientHeight < 5"
+    await page.wait_for_function(at_end, arg=await log(page).element_handle())
+    violations = (await Axe().run(page)).response["violations"]
+    assert [violation["help"] for violation in violations] == []
+
+
+@on_page
+async def test_sound_and_films_get_their_players(page):
+    await pick(page, ("song.wav", sound()), ("film.webm", b""))
+    film = log(page).locator("video[controls][aria-label='film.webm']")
+    await expect(film).to_be_visible()
+    length = """async (audio) => {
+      audio.preload = "auto";
+      await new Promise((done) => audio.ondurationchange = done);
+      return audio.duration;
+    }"""
+    song = log(page).locator("audio[controls][aria-label='song.wav']")
+    assert await song.evaluate(length) == 1
+    await page.goto(await song.get_attribute("src"))
+    alone = "() => document.querySelector('video, audio').duration === 1"
+    await page.wait_for_function(alone)
+
+
+@on_page
+async def test_links_to_elsewhere_stay_links(page):
+    elsewhere = "http://example.com/files/" + "a" * 22 + "/cat.png"
+    await say(page, elsewhere, page.url + "files.png", "the end")
+    await expect(log(page)).to_contain_text("the end")
+    await expect(log(page).get_by_role("link").first).to_have_text(elsewhere)
+    await expect(log(page).locator("img")).to_have_count(0)
+
+
+@on_page
+@pytest.mark.parametrize("name", ["a.html", "a.svg"])
+async def test_markup_is_downloaded_and_runs_nothing(page, name):
+    svg = (
+        "<svg xmlns='http://www.w3.org/2000/svg'><script>opener.ran = 1</script></svg>"
+    )
+    await pick(page, (name, svg.encode()))
+    link = log(page).get_by_role("link", name=name)
+    async with page.expect_download() as download:
+        await link.evaluate("link => { link.removeAttribute('rel'); link.click() }")
+    assert (await download.value).suggested_filename == name
+    assert await page.evaluate("window.ran") is None
+
+
+@on_page
+async def test_a_refusal_is_said_in_the_servers_words(page):
+    await pick(page, ("film.bin", bytes(MEBIBYTE + 1)))
+    alert = uploads(page).get_by_role("alert")
+    await expect(alert).to_have_text("film.bin: The file is too large: 1 MiB at most")
+    await uploads(page).get_by_role("button", name="Dismiss").click()
+    await expect(alert).to_have_count(0)
+    await page.get_by_role("button", name="Log off").click()
+    await pick(page, ("a.bin", b"1"))
+    words = "a.bin: Log in first: files are for who is in the room"
+    await expect(alert).to_have_text(words)
+
+
+@on_page
+async def test_an_upload_shows_how_far_it_is_and_can_be_cancelled(page, folder):
+    session = await page.context.new_cdp_session(page)
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1}
+    await session.send("Network.enable")
+    await session.send(
+        "Network.emulateNetworkConditions", {**slow, "uploadThroughput": 2**16}
+    )
+    await pick(page, ("film.bin", bytes(MEBIBYTE)), ("later.bin", b"1"))
+    bar = page.get_by_role("progressbar", name="film.bin")
+    await page.wait_for_function(
+        "b => 0 < b.value && b.value < 1", arg=await bar.element_handle()
+    )
+    for name in "later.bin", "film.bin":
+        row = uploads(page).filter(has_text=name)
+        await row.get_by_role("button", name="Cancel").click()
+    await expect(uploads(page)).to_have_count(0)
+    await until(lambda: not any(folder.iterdir()))
+    await expect(log(page).get_by_role("link")).to_have_count(0)
+
+
+@on_page
+async def test_a_call_is_a_link_that_is_said_and_opened(page):
+    async with page.context.expect_page() as opened:
+        await page.get_by_role("button", name="Call").click()
+    link = log(page).get_by_role("link")
+    await expect(link).to_have_attribute("href", re.compile(r"/call/[\d-]{22,}$"))
+    await expect(await opened.value).to_have_url(await link.get_attribute("href"))
+    await expect((await opened.value).get_by_label("User name")).to_have_value("John")
+    await page.get_by_role("button", name="Log off").click()
+    await page.get_by_role("button", name="Call").click()
+    await expect(uploads(page).get_by_role("alert")).to_contain_text("Log in first")
+
+
+@on_page
+async def test_a_burst_while_the_tab_is_hidden_gives_one_notification(page):
+    await page.context.grant_permissions(["notifications"])
+    await notify(page).click()
+    await expect(notify(page)).to_have_accessible_description("on")
+    await say(page, "you see this one")
+    await expect(log(page)).to_contain_text("you see this one")
+    await page.evaluate("hide(true)")
+    await say(page, *map(str, range(1000)))
+    await page.wait_for_function("() => shown.length")
+    await expect(log(page)).to_contain_text("999")
+    await page.wait_for_timeout(1000)  # in which another would come
+    [(title, text)] = await page.evaluate("shown")
+    assert re.fullmatch(r"Jill and \d+ more", title)
+    assert text.isdigit()
+
+
+@on_page
+async def test_each_notification_has_author_and_text(page):
+    await page.context.grant_permissions(["notifications"])
+    await notify(page).click()
+    for number, text in enumerate(["hello", "are you there?"]):
+        await page.evaluate("hide(true)")
+        await say(page, text)
+        await page.wait_for_function(f"() => shown.length === {number + 1}")
+        await page.evaluate("hide(false)")
+    assert await page.evaluate("shown") == [
+        ["Jill", "hello"],
+        ["Jill", "are you there?"],
+    ]
+
+
+@on_page
+async def test_notify_is_remembered_and_can_be_switched_off(page):
+    await page.context.grant_permissions(["notifications"])
+    await expect(notify(page)).to_have_accessible_description("off")
+    await notify(page).click()
+    await expect(notify(page)).to_have_accessible_description("on")
+    await page.reload()
+    await expect(notify(page)).to_be_checked()
+    await notify(page).click()
+    await expect(notify(page)).to_have_accessible_description("off")
+    await page.reload()
+    await expect(notify(page)).not_to_be_checked()
+    await enter(page)
+    await page.evaluate("hide(true)")
+    await say(page, "hello")
+    await expect(log(page)).to_contain_text("hello")
+    await page.wait_for_timeout(1000)  # in which one would come
+    assert await page.evaluate("shown") == []
+
+
+@on_page
+async def test_notifications_that_are_denied_say_so(page):
+    # A headless Chromium denies what is not granted.
+    await notify(page).click()
+    await expect(notify(page)).not_to_be_checked()
+    await expect(notify(page)).to_have_accessible_description("denied")
+
+
+@on_page
+async def test_a_browser_without_notifications_says_so(page):
+    await page.add_init_script("delete window.Notification")
+    await page.reload()
+    await expect(notify(page)).to_be_disabled()
+    await expect(notify(page)).to_have_accessible_description("unsupported")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
