@@ -1,37 +1,31 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.14,<4", "websockets", "tornado", "fastapi", "uvicorn[standard]",
-#     "python-socketio", "picows", "socketify", "matplotlib", "psutil", "rich",
+#     "aiohttp>=3.14.4,<4", "websockets", "tornado", "fastapi", "uvicorn[standard]",
+#     "python-socketio", "picows", "socketify", "redis[hiredis]", "matplotlib", "psutil",
 # ]
 # ///
 """Is the smallest chat also the fastest? One command to check: `uv run bonus/bench.py`.
 
-Or, without uv:
+The servers, all in bench_servers/ but chat.py and cluster.py, do the same job: put the
+speaker's name in front of a text and send it to everyone, the speaker included. They take
+turns, each on one core, while this process, on another core, is the crowd that talks to
+them (bench_servers/crowd.py). Messages have 60 bytes, the users say them in turn, and a
+message is on its way until *every* user has heard it, so that it is no use to serve the
+speaker first. Every byte that a user hears is compared with what was said.
 
-    pip install "aiohttp>=3.14,<4" websockets tornado fastapi "uvicorn[standard]" \
-        python-socketio picows socketify matplotlib psutil rich && python bonus/bench.py
+chat.py has more to do than the others: it tells everyone about every login, refuses names
+that are taken, and holds back who talks too much. That limit is not lifted for it: the end
+of the report says how far from it everyone was. cluster.py is chat.py in two processes,
+half of the users at each, and shares the server's core with its Redis.
 
-The servers, all in bench_servers/ but chat.py, do the same job: put the speaker's name
-in front of a text and send it to everyone, the speaker included. They take turns, each
-as a process of its own on one core, while this process, on another core, is the crowd
-that talks to them (bench_servers/crowd.py). Messages have 60 bytes, the users say them
-in turn, and a message is on its way until *every* user has heard it, so that it is no
-use to serve the speaker first. Every byte that a user hears is compared with what was
-said.
-
-chat.py has more to do than the others: it tells everyone about every login, refuses
-names that are taken, and holds back who talks too much.
-
-The whole takes about a quarter of an hour, `--quick` less than a minute. It is made for
-Linux; on macOS nothing is pinned and there is no floor. `taskset -c 0,2 python
-bonus/bench.py` chooses the cores. socketify needs libuv (Debian: libuv1), ws needs node
-and npm; who cannot run is left out. The exit status is 1 if chat.py has lost, repeated
-or reordered anything.
+It is made for Linux; on macOS nothing is pinned and there is no floor. `taskset -c 0,2
+python bonus/bench.py` chooses the cores. socketify needs libuv (Debian: libuv1), ws needs
+node and npm, cluster.py needs redis-server; who cannot run is left out. The exit status is
+1 if chat.py has lost, repeated or reordered anything.
 """
 
 import argparse
-import asyncio
 import gc
 import importlib.metadata
 import json
@@ -48,7 +42,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -57,27 +51,24 @@ import matplotlib
 import psutil  # type: ignore[import-untyped]
 from bench_servers.crowd import (
     HOST,
+    MESSAGE_SIZE,
     PLAIN,
     SOCKET_IO,
     Crowd,
     Dialect,
     Failed,
     Mark,
-    rush,
 )
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SERVERS_DIR = HERE / "bench_servers"
-PACE = 20  # messages a second in the scenarios that grow; 5,000 users hear 100,000
 OPEN_FILES = 20_000  # for 10,000 users and some more
 SPARE_FILES = 200
 START_LIMIT = 10  # seconds
-SPEECH_LIMIT = 2**18  # bytes a second that chat.py lets a user say, ...
-SPEECH_OVERHEAD = 64  # ... with so many on top of each frame
+SPEECH_LIMIT = 2**15  # bytes a second that chat.py lets a user say, ...
+SPEECH_BURST = 2**17  # ... after so many at once, ...
+SPEECH_OVERHEAD = 64  # ... with so many on top of each message
 PANELS_A_ROW = 3
 ACCENT, INK, BAR = "#4477ee", "#7c858f", "#98a0aa80"  # read on white and on black
 
@@ -93,6 +84,7 @@ class Server:
     packages: tuple[str, ...] = ()  # whose versions matter
     dialect: Dialect = PLAIN
     floor: bool = False  # not a chat, but what no chat can be faster than
+    processes: int = 1  # if more, as one room over a Redis of their own
 
 
 def script(name: str, *options: str) -> tuple[str | Path, ...]:
@@ -100,9 +92,12 @@ def script(name: str, *options: str) -> tuple[str | Path, ...]:
 
 
 CHAT = (sys.executable, HERE.parent / "chat.py", "--host", HOST, "--port")
+CLUSTER = (sys.executable, HERE / "cluster.py", "--host", HOST)
+REDIS = ("redis-server", "--save", "", "--appendonly", "yes", "--port")
 NODE = ("node", SERVERS_DIR / "ws_chat.js")
 SERVERS = {
     "chat": Server("chat.py", CHAT, ("aiohttp",)),
+    "cluster": Server("cluster.py, Redis", CLUSTER, ("redis",), processes=2),
     "aiohttp": Server("aiohttp, send_str", script("aiohttp_chat.py"), ("aiohttp",)),
     "websockets": Server("websockets", script("websockets_chat.py"), ("websockets",)),
     "tornado": Server("Tornado", script("tornado_chat.py"), ("tornado",)),
@@ -125,7 +120,6 @@ class Scenario:
     users: int
     in_flight: int = 0  # messages that are on their way all the time, or ...
     rate: int = 0  # ... that are said a second; without both, nobody says anything
-    chat_only: bool = False  # as no other server has a list of users
 
     @property
     def title(self) -> str:
@@ -133,39 +127,42 @@ class Scenario:
             return f"{self.users:,} users, {self.in_flight:,} in flight"
         if self.rate:
             return f"{self.users:,} users, {self.rate:,} messages/s"
-        return f"{self.users:,} users log in" + " at once" * self.chat_only
+        return f"{self.users:,} users log in"
 
     @property
     def metrics(self) -> tuple[str, ...]:
         if self.in_flight:
-            return ("deliveries",)
-        if self.rate:
-            return ("cpu", "p50", "p99")
-        return ("list",) if self.chat_only else ("logins", "memory")
+            return ("deliveries", "cpu", "redis")
+        return ("cpu", "redis", "p50", "p99") if self.rate else ("logins", "memory")
 
 
 SCENARIOS = {
     "quiet": Scenario(100, in_flight=1),
     "lively": Scenario(100, in_flight=10),
     "busy": Scenario(1000, in_flight=1000),
-    "grow-10": Scenario(10, rate=PACE),
-    "grow-100": Scenario(100, rate=PACE),
-    "grow-1000": Scenario(1000, rate=PACE),
-    "grow-5000": Scenario(5000, rate=PACE),
+    "paced": Scenario(100, rate=20),
+    "crowded": Scenario(5000, rate=20),  # that is 100,000 deliveries a second
     "idle": Scenario(10_000),
-    "rush": Scenario(1000, chat_only=True),
 }
 QUICK = {  # fewer in flight when busy: it takes time to hear them all out
     name: SCENARIOS[name] for name in ("quiet", "lively")
 } | {"busy": Scenario(200, in_flight=200)}
+OVERVIEW = (  # scenario and metric
+    ("quiet", "deliveries"),
+    ("lively", "deliveries"),
+    ("busy", "deliveries"),
+    ("crowded", "cpu"),
+    ("idle", "logins"),
+    ("idle", "memory"),
+)
 TITLES = {
     "deliveries": "deliveries a second",
     "cpu": "CPU time a delivery, µs",
+    "redis": "of it Redis, µs",
     "p50": "p50 latency, ms",
     "p99": "p99 latency, ms",
     "logins": "logins a second",
     "memory": "memory a user, KiB",
-    "list": "seconds until all have the right list",
 }
 
 
@@ -202,67 +199,71 @@ def two_cores() -> tuple[int, int] | None:
 
 
 @contextmanager
-def running(server: Server, cores: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
-    """Run `server`, its output thrown away; yields its port and process id."""
-    with socket.create_server((HOST, 0)) as unused:
-        port = unused.getsockname()[1]
-    command = [*server.command, str(port)]
-    null = subprocess.DEVNULL
-    if cores:
-        os.sched_setaffinity(0, {cores[0]})  # all threads of the server inherit it
-    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
-    if cores:
-        os.sched_setaffinity(0, {cores[1]})
-    try:
+def started(
+    command: tuple[str | Path, ...], cores: tuple[int, int] | None
+) -> Iterator[tuple[int, int]]:
+    """Run `command`, which takes a port as its last word; yields that and the process id."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        words = stack.enter_context(Path(folder, "words").open("w+"))
+        with socket.create_server((HOST, 0)) as unused:
+            port = unused.getsockname()[1]
+        if cores:
+            os.sched_setaffinity(0, {cores[0]})  # all threads of the server inherit it
+        process = subprocess.Popen(
+            [*command, str(port)],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=words,
+        )
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        if cores:
+            os.sched_setaffinity(0, {cores[1]})
         deadline = time.monotonic() + START_LIMIT
-        while True:
+        while process.poll() is None and time.monotonic() < deadline:
             with suppress(ConnectionRefusedError):
                 socket.create_connection((HOST, port)).close()
                 break
-            if process.poll() is not None:
-                raise NotStarted(last_words(command))
-            if time.monotonic() > deadline:
-                raise NotStarted("does not listen")
             time.sleep(0.02)
+        else:
+            lines = Path(folder, "words").read_text().strip().splitlines()
+            raise NotStarted((lines or ["does not listen"])[-1])
         yield port, process.pid
-    finally:
-        process.kill()
-        process.wait()
-
-
-def last_words(command: list[str | Path]) -> str:
-    """Run `command`, which fails, once more, and return the last line it writes."""
-    try:
-        failed = subprocess.run(
-            command, capture_output=True, check=False, text=True, timeout=START_LIMIT
-        )
-    except subprocess.TimeoutExpired:
-        return "does not start every time"
-    return (failed.stderr.strip().splitlines() or ["ends without a word"])[-1]
 
 
 def measure(
     server: Server, scenario: Scenario, seconds: float, cores: tuple[int, int] | None
 ) -> tuple[dict[str, float], Counter[str]]:
     """Start `server`, play `scenario`, return what was measured and what went wrong."""
-    with running(server, cores) as (port, pid):
-        if scenario.chat_only:
-            begin, end = asyncio.run(rush(port, pid, scenario.users))
-            return {"list": end.time - begin.time} | busy(begin, end), Counter()
-        with closing(Crowd(port, pid, server.dialect)) as crowd:
-            return play(crowd, scenario, seconds), +crowd.faults
+    with ExitStack() as stack:
+        command, redis = server.command, []
+        if server.processes > 1:
+            redis_port, redis_pid = stack.enter_context(started(REDIS, cores))
+            command += ("--redis", f"redis://{HOST}:{redis_port}", "--port")
+            redis = [redis_pid]
+        processes = [
+            stack.enter_context(started(command, cores))
+            for _ in range(server.processes)
+        ]
+        ports, pids = zip(*processes, strict=True)
+        crowd = Crowd([*ports], [*pids, *redis], server.dialect)
+        stack.enter_context(closing(crowd))
+        measured = play(crowd, scenario, seconds)
+        if not redis:
+            measured.pop("redis", None)
+        return measured, +crowd.faults
 
 
 def play(crowd: Crowd, scenario: Scenario, seconds: float) -> dict[str, float]:
     """Have `crowd` log in and talk; return what was measured, by metric."""
-    server = psutil.Process(crowd.server)
-    empty = server.memory_info().rss
+    empty = memory(crowd.pids)
     begin, end = crowd.log_in(scenario.users)
     if not scenario.in_flight and not scenario.rate:
-        memory = server.memory_info().rss - empty
         return {
             "logins": scenario.users / (end.time - begin.time),
-            "memory": memory / scenario.users / 1024,
+            "memory": (memory(crowd.pids) - empty) / scenario.users / 1024,
         } | busy(begin, end)
     if scenario.rate:
         crowd.arrivals = defaultdict(list)
@@ -274,12 +275,18 @@ def play(crowd: Crowd, scenario: Scenario, seconds: float) -> dict[str, float]:
     measured = busy(begin, end) | {
         "deliveries": deliveries / (end.time - begin.time),
         "cpu": (end.server_cpu - begin.server_cpu) / deliveries * 1e6,
-        "speech": said_by_one * (crowd.size + SPEECH_OVERHEAD) / seconds,
+        "redis": (end.redis_cpu - begin.redis_cpu) / deliveries * 1e6,
+        "speech": said_by_one * (MESSAGE_SIZE + SPEECH_OVERHEAD) / seconds,
     }
     if scenario.rate:
         percentiles = statistics.quantiles(crowd.latencies(since=begin.time), n=100)
         measured |= {"p50": percentiles[49] * 1e3, "p99": percentiles[98] * 1e3}
     return measured
+
+
+def memory(pids: list[int]) -> int:
+    """Return the bytes that the processes hold."""
+    return sum(psutil.Process(pid).memory_info().rss for pid in pids)
 
 
 def busy(begin: Mark, end: Mark) -> dict[str, float]:
@@ -303,31 +310,23 @@ def run(
     turns = [
         (number, name, server)
         for number in range(1, rounds + 1)
-        for name, scenario in scenarios.items()
+        for name in scenarios
         for server in servers
-        if server == "chat" or not scenario.chat_only
     ]
-    columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    # Refreshed all the time, the bar would take time from the crowd.
-    with Progress(
-        *columns, console=Console(stderr=True), auto_refresh=False
-    ) as progress:
-        bar = progress.add_task("", total=len(turns))
-        for number, name, server in turns:
-            now = f"round {number} of {rounds}, {name}, {SERVERS[server].title}"
-            progress.update(bar, description=now, refresh=True)
-            if server not in left_out:
-                result = results[name].setdefault(server, Result())
-                try:
-                    measured = measure(SERVERS[server], scenarios[name], seconds, cores)
-                    result.add(*measured)
-                except NotStarted as error:
-                    left_out[server] = str(error)
-                    del results[name][server]
-                except Failed as error:
-                    result.faults[str(error)] += 1
-                gc.collect()
-            progress.update(bar, advance=1, refresh=True)
+    for turn, (number, name, server) in enumerate(turns):
+        if server in left_out:
+            continue
+        title = SERVERS[server].title
+        print(f"{turn / len(turns):4.0%} {number} {name}, {title}", file=sys.stderr)
+        result = results[name].setdefault(server, Result())
+        try:
+            result.add(*measure(SERVERS[server], scenarios[name], seconds, cores))
+        except (NotStarted, FileNotFoundError) as error:
+            left_out[server] = str(error)
+            del results[name][server]
+        except Failed as error:
+            result.faults[str(error)] += 1
+        gc.collect()
     return results, left_out
 
 
@@ -374,12 +373,12 @@ def cell(by_server: dict[str, Result], key: str, metric: str, spread: bool) -> s
     result, chat = by_server.get(key), by_server.get("chat")
     if result is None or metric not in result.values:
         return "–"
-    text = short(result.median(metric))
-    if spread:
-        values = result.values[metric]
+    median, values = result.median(metric), result.values[metric]
+    text = short(median)
+    if spread and len(values) > 1:
         text += f" ({short(min(values))}–{short(max(values))})"
-    if chat is not None and metric in chat.values:
-        ratio = result.median(metric) / chat.median(metric)
+    if key != "chat" and chat and metric in chat.values:
+        ratio = median / chat.median(metric)
         text += f" ×{ratio:.0f}" if ratio >= 10 else f" ×{ratio:.2g}"
     return text
 
@@ -402,7 +401,7 @@ def overview(results: Results, columns: list[Column]) -> str:
     return markdown(head, rows)
 
 
-def details(by_server: dict[str, Result], metrics: tuple[str, ...]) -> str:
+def details(by_server: dict[str, Result], metrics: list[str]) -> str:
     """Lay out one scenario: medians, spread, ratios, who was busy, what went wrong."""
     shares = ("server busy", "crowd busy")
     head = ["server", *(TITLES[metric] for metric in metrics), *shares, "gone wrong"]
@@ -414,33 +413,6 @@ def details(by_server: dict[str, Result], metrics: tuple[str, ...]) -> str:
         faults = (f"{what}: {count:,}" for what, count in result.faults.items())
         rows.append([*row, ", ".join(faults) or "nothing"])
     return markdown(head, rows)
-
-
-def notes(results: Results, scenarios: dict[str, Scenario]) -> Iterator[str]:
-    """Yield what tells whether the crowd, rather than a server, was the limit."""
-    yield "A crowd that is the limit is busy all the time, and its servers are not:"
-    speech = [0.0]  # bytes a second
-    for name, by_server in results.items():
-        done = {SERVERS[key].title: of for key, of in by_server.items() if of.values}
-        for of in done.values():
-            speech += of.values.get("speech", [])
-        if not scenarios[name].in_flight or not done:
-            continue
-        share, busiest = max((of.median("crowd busy"), who) for who, of in done.items())
-        most = sorted((-of.median("deliveries"), who) for who, of in done.items())
-        taken = ", ".join(f"{short(-median)} from {who}" for median, who in most[:3])
-        yield f"{name}: busy {share:.0%} at most ({busiest}); took {taken} a second."
-        waits = [
-            title
-            for title, of in done.items()
-            if of.median("crowd busy") + of.median("server busy") < 0.9
-        ]
-        if waits:
-            yield f"{name}: both sides waited, for other programs? {', '.join(waits)}"
-    yield (
-        f"Nobody said more than {max(speech) / 1024:.1f} KiB a second; "
-        f"chat.py slows down who says more than {SPEECH_LIMIT // 1024}."
-    )
 
 
 def draw(
@@ -456,8 +428,7 @@ def draw(
     matplotlib.rc("svg", fonttype="none", hashsalt="")
     matplotlib.rc("font", size=9)
     matplotlib.rc("text", color=INK)
-    for ticks in ("xtick", "ytick"):
-        matplotlib.rc(ticks, labelcolor=INK)
+    matplotlib.rc("hatch", linewidth=0.5)
     size = (10.5, rows * (0.22 * len(keys) + 0.9))
     figure = Figure(size, layout="constrained")
     grid = figure.subplots(rows, PANELS_A_ROW, sharey=True, squeeze=False)
@@ -470,31 +441,22 @@ def draw(
         start, end = min(medians.values()) / 2, max(medians.values())
         axes.set_xscale("log")
         axes.set_xlim(start, end * (end / start) ** 0.3)  # room for the last figure
-        axes.xaxis.set_major_formatter(lambda value, _: short(value))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(axis="x", color=BAR, linewidth=0.5)
-        axes.set_axisbelow(True)
-        for key, median in medians.items():
-            colour = ACCENT if key == "chat" else BAR
-            bar = (keys.index(key), median - start, 0.64, start)
-            if SERVERS[key].floor:
-                axes.barh(*bar, color="none", edgecolor=BAR, hatch="/////", linewidth=0)
-            else:
-                axes.barh(*bar, color=colour)
-            axes.annotate(
-                short(median),
-                (median, keys.index(key)),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                color=ACCENT if key == "chat" else INK,
-            )
+        bars = axes.barh(
+            [keys.index(key) for key in medians],
+            [median - start for median in medians.values()],
+            height=0.64,
+            left=start,
+            color=[ACCENT if key == "chat" else BAR for key in medians],
+            hatch=["/////" if SERVERS[key].floor else "" for key in medians],
+        )
+        axes.bar_label(bars, [*map(short, medians.values())], padding=4)
         better = "more" if metric in ("deliveries", "logins") else "less"
         title = f"{titles[name]}\n{TITLES[metric]}: {better} is better"
         axes.set_title(title, loc="left", fontsize=9, pad=8)
         axes.set_yticks(range(len(keys)), [SERVERS[key].title for key in keys])
-        axes.tick_params(length=0)
-        axes.tick_params(axis="x", labelsize=7)
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.xaxis.set_ticks([], minor=True)
+        axes.xaxis.set_ticks([])
         axes.spines[:].set_visible(False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
@@ -521,24 +483,35 @@ def report(
 ) -> None:
     """Print the results as Markdown, and draw them into the file `svg`."""
     titles = {name: f"{name}: {scenario.title}" for name, scenario in scenarios.items()}
-    columns = [
+    measured = {
         (name, metric)
-        for name, scenario in scenarios.items()
-        for metric in scenario.metrics
-        if metric not in ("p50", "p99")
-        and any(metric in result.values for result in results[name].values())
-    ]
+        for name, by_server in results.items()
+        for result in by_server.values()
+        for metric in result.values
+    }
+    columns = [column for column in OVERVIEW if column in measured]
     print("".join(f"{what}: {value}\n" for what, value in conditions.items()))
     print(f"Medians and × ratios to chat.py\n\n{overview(results, columns)}")
-    print("Median (least–most) × ratio to chat.py\n")
+    print(
+        "Median (least–most) × ratio to chat.py. A crowd that is busy all the time is"
+    )
+    print("the limit, rather than its server.\n")
     for name, scenario in scenarios.items():
-        print(f"{titles[name]}\n\n{details(results[name], scenario.metrics)}")
-    print(*notes(results, scenarios), sep="\n")
-    paced = [name for name, scenario in scenarios.items() if scenario.rate]
-    panels = [c for c in columns if c[0] not in paced[:-1] and c[1] != "list"]
-    if svg and panels:
+        metrics = [metric for metric in scenario.metrics if (name, metric) in measured]
+        print(f"{titles[name]}\n\n{details(results[name], metrics)}")
+    speech = max(
+        value
+        for by_server in results.values()
+        for result in by_server.values()
+        for value in result.values.get("speech", [0])
+    )
+    print(
+        f"Nobody said more than {speech / 1024:.1f} KiB a second; chat.py slows down who "
+        f"says more than {SPEECH_LIMIT // 1024}, after {SPEECH_BURST // 1024} KiB at once."
+    )
+    if svg and columns:
         caption = f"log scales, medians; {conditions['date']}, {conditions['machine']}"
-        draw(results, panels, titles, caption, svg)
+        draw(results, columns, titles, caption, svg)
 
 
 def main() -> int:
@@ -548,17 +521,12 @@ def main() -> int:
     add("--quick", action="store_true", help="one round of quiet, lively, busy")
     add("--rounds", type=int, help="3 if not given, 1 if --quick")
     add("--servers", metavar="A,B", help=f"of {', '.join(SERVERS)}; all if not given")
-    add("--scenarios", metavar="X,Y", help=f"of {', '.join(SCENARIOS)}")
-    add("--json", metavar="FILE", type=Path, help="all that was measured")
+    add("--scenarios", metavar="X,Y", help=f"of {', '.join(SCENARIOS)}; likewise")
     add("--svg", metavar="FILE", type=Path, help="a picture of it")
     args = parser.parse_args()
-    known = SCENARIOS | QUICK if args.quick else SCENARIOS
-    servers = args.servers.split(",") if args.servers else list(SERVERS)
-    names = (
-        args.scenarios.split(",")
-        if args.scenarios
-        else [*(QUICK if args.quick else SCENARIOS)]
-    )
+    known = QUICK if args.quick else SCENARIOS
+    servers = args.servers.split(",") if args.servers else [*SERVERS]
+    names = args.scenarios.split(",") if args.scenarios else [*known]
     for unknown in {*servers, *names} - {*SERVERS, *known}:
         parser.error(f"there is no {unknown}; see --help")
     rounds = args.rounds or (1 if args.quick else 3)
@@ -587,9 +555,6 @@ def main() -> int:
         print(f"{SERVERS[key].title} is left out: {why}")
     for name in set(names) - set(scenarios):
         print(f"{name} is left out: only {files:,} open files are allowed (ulimit -Hn)")
-    if args.json:
-        record = {"conditions": conditions, "left out": left_out, "results": results}
-        args.json.write_text(json.dumps(record, default=vars, indent=1) + "\n")
     chat = [by_server["chat"] for by_server in results.values() if "chat" in by_server]
     return int("chat" in left_out or any(result.faults for result in chat))
 

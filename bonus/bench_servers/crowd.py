@@ -3,15 +3,12 @@
 They are raw sockets around one loop, to be so cheap that not they are what is measured.
 """
 
-import asyncio
-import re
 import selectors
 import socket
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,14 +17,13 @@ import psutil  # type: ignore[import-untyped]
 HOST = "127.0.0.1"
 NAME = b"user%05d"  # all of one size, as the messages are
 MESSAGE_SIZE = 60  # bytes
-NOTICE = b"{{RefreshUsers}}"  # from chat.py: ask for the users again
+NOTICE = b"{{RefreshUsers}}"  # from chat.py, at most 1 ms a user after a login
 MASK = b"\x37\xfa\x21\x3d"  # of the crowd's frames; any will do (RFC 6455, section 5.3)
 BUFFER = 2**20  # bytes taken from a socket at once
 LOGINS_AT_ONCE = 64  # handshakes under way; asyncio's backlog, the shortest, is 100
 WARM_UP = 0.3  # seconds before each measurement
-QUIET = 0.2  # seconds of silence after which all notices of the logins are through
+QUIET = 0.2  # seconds of silence after which nothing more is to come
 STUCK = 2  # seconds of silence and idleness after which what is missing is lost
-RUSH_LIMIT = 60  # seconds
 
 
 class Failed(Exception):
@@ -58,16 +54,12 @@ SOCKET_IO = Dialect(
 class Mark(NamedTuple):
     """A moment, and what had happened until then."""
 
-    time: float  # seconds, as the following two
+    time: float  # seconds, as the following three
     crowd_cpu: float
-    server_cpu: float
-    deliveries: float = 0
-    said: int = 0
-
-
-def mark(server: int, deliveries: float = 0, said: int = 0) -> Mark:
-    now, crowd_cpu = time.perf_counter(), time.process_time()
-    return Mark(now, crowd_cpu, cpu_seconds(server), deliveries, said)
+    server_cpu: float  # of all processes
+    redis_cpu: float  # of the last one alone
+    deliveries: float
+    said: int
 
 
 def cpu_seconds(pid: int) -> float:
@@ -120,14 +112,15 @@ class Crowd:
     of bytes; and the stream is compared with what was said when all is over.
     """
 
-    def __init__(self, port: int, server: int, dialect: Dialect) -> None:
-        """Get ready for the process `server`, which listens on `port`."""
-        self.port = port
-        self.server = server
+    def __init__(self, ports: list[int], pids: list[int], dialect: Dialect) -> None:
+        """Get ready for the processes `pids`, which listen on `ports`, as one room."""
+        self.ports = ports
+        self.pids = pids
         self.dialect = dialect
         self.clients: list[Client] = []
         self.gone: list[Client] = []
         self.logged_in = 0
+        self.noticed = False  # that this server announces logins
         self.selector = selectors.DefaultSelector()
         self.buffer = memoryview(bytearray(BUFFER))
         around = len(dialect.before + dialect.after)
@@ -143,20 +136,18 @@ class Crowd:
         self.faults: Counter[str] = Counter()
 
     def log_in(self, users: int) -> tuple[Mark, Mark]:
-        """Log `users` in and wait until the line is quiet; return when it was done."""
-        begin = mark(self.server)
+        """Log `users` in; return when that began and was done."""
+        begin = self.mark()
         while self.logged_in < users:
             while len(self.clients) < min(users, self.logged_in + LOGINS_AT_ONCE):
-                self.connect(NAME % len(self.clients))
-            if not self.listen(STUCK) or self.gone:
+                self.connect(len(self.clients))
+            if not self.hear_more() or self.gone:
                 raise Failed(f"lets in only {self.logged_in:,} of {users:,} users")
-        end = mark(self.server)
-        while self.listen(QUIET):
-            pass
-        return begin, end
+        return begin, self.mark()
 
-    def connect(self, name: bytes) -> None:
-        connection = socket.create_connection((HOST, self.port))
+    def connect(self, number: int) -> None:
+        name, port = NAME % number, self.ports[number % len(self.ports)]
+        connection = socket.create_connection((HOST, port))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(handshake(self.dialect.path.format(name.decode())))
         connection.setblocking(False)
@@ -179,6 +170,8 @@ class Crowd:
         That goes on for the warm-up and as many `seconds`; then what is on its way is
         heard out and checked. Returns the end of the warm-up and of the last delivery.
         """
+        while self.listen(QUIET + self.noticed * len(self.clients) / 1000):
+            pass
         start = time.perf_counter()
         self.look_around()
         self.converse(start, start + WARM_UP, in_flight, rate)
@@ -202,10 +195,8 @@ class Crowd:
 
     def hear_more(self) -> bool:
         """Listen; tell whether more is to come: who is silent may be hard at work."""
-        before = cpu_seconds(self.server)
-        return (
-            bool(self.listen(STUCK)) or cpu_seconds(self.server) > before + STUCK / 10
-        )
+        before = sum(map(cpu_seconds, self.pids)) + STUCK / 10
+        return bool(self.listen(STUCK)) or sum(map(cpu_seconds, self.pids)) > before
 
     def say(self) -> None:
         """Have the next user say the next message."""
@@ -221,8 +212,11 @@ class Crowd:
             raise Failed("does not read what is said")
 
     def mark(self) -> Mark:
+        now, crowd_cpu = time.perf_counter(), time.process_time()
+        cpu = [*map(cpu_seconds, self.pids)]
         heard = sum(client.heard for client in self.clients + self.gone)
-        return mark(self.server, heard / self.size, len(self.said))
+        deliveries = heard / self.size
+        return Mark(now, crowd_cpu, sum(cpu), cpu[-1], deliveries, len(self.said))
 
     # Listening
 
@@ -311,7 +305,9 @@ class Crowd:
             self.welcome(client)
         elif reply := self.dialect.replies.get(text[:1]):
             self.send(client, 0x1, reply)
-        elif text != NOTICE:
+        elif text == NOTICE:
+            self.noticed = True
+        else:
             self.faults["unknown frames"] += 1
 
     def welcome(self, client: Client) -> None:
@@ -381,59 +377,3 @@ class Crowd:
             if number is not None and (said := self.said[number][1]) >= since
             for arrival in arrivals.get(place, ())
         ]
-
-
-# The rush: pages that ask chat.py for the list of users
-
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-async def rush(port: int, server: int, users: int) -> tuple[Mark, Mark]:
-    """Have `users` log in at once; return when, and when all had the right list."""
-    everyone = {(NAME % number).decode() for number in range(users)}
-    # The pages are there, and so are the connections they were loaded over.
-    loaded = [(name, await asyncio.open_connection(HOST, port)) for name in everyone]
-    begin = mark(server)
-    try:
-        async with asyncio.timeout(RUSH_LIMIT):
-            pages = (page(port, name, everyone, asking) for name, asking in loaded)
-            await asyncio.gather(*pages)
-    except TimeoutError:
-        raise Failed(f"takes over {RUSH_LIMIT} seconds") from None
-    return begin, mark(server)
-
-
-async def page(port: int, name: str, everyone: set[str], asking: Connection) -> object:
-    """Log in, and return once the list of users is right, with what keeps one logged in.
-
-    Behaves as chat.html: asks for the list over the connection that the page was loaded
-    over, never twice at once, and once more after the last notice.
-    """
-    reader, writer = await asyncio.open_connection(HOST, port)
-    writer.write(handshake(f"/ws?user={name}"))
-    await reader.readuntil(b"\r\n\r\n")
-    changed = asyncio.Event()
-    changed.set()
-    listening = asyncio.create_task(heed(reader, changed))
-    listed: set[str] = set()
-    while listed != everyone:
-        await changed.wait()
-        changed.clear()
-        listed = await ask(*asking)
-    return listening, writer
-
-
-async def heed(reader: asyncio.StreamReader, changed: asyncio.Event) -> None:
-    with suppress(asyncio.IncompleteReadError, ConnectionError):
-        while True:
-            _, size = await reader.readexactly(2)
-            await reader.readexactly(size)  # a notice, as nobody talks
-            changed.set()
-
-
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> set[str]:
-    writer.write(f"GET /?getUsers2=1 HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
-    head = await reader.readuntil(b"\r\n\r\n")
-    size = re.search(rb"Content-Length: (\d+)", head)
-    assert size is not None
-    return set((await reader.readexactly(int(size[1]))).decode().split("\r\n"))
