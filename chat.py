@@ -22,7 +22,7 @@ from aiohttp.typedefs import Handler
 
 MAX_BATCH = 5 * 2**14  # bytes said but not sent; above, whoever has more to say waits
 MAX_BEHIND = 2**22  # bytes sent but not written to somebody; above, the user is let go
-BURST, RATE = 2**17, 2**15  # bytes a user may say at once, and bytes a second then
+BURST, RATE = 2**17, 2**15  # of a user's token bucket: its bytes, and bytes a second
 log = logging.getLogger("chat")
 
 
@@ -34,7 +34,7 @@ def frame(opcode: int, payload: bytes) -> bytes:
 
 
 class User(web.WebSocketResponse):
-    """The WebSocket of one user, over the `transport` of its request."""
+    """The WebSocket of one user; what is said is written, in frames, to its `transport`."""
 
     def __init__(self, name: str, transport: asyncio.Transport) -> None:
         super().__init__(
@@ -42,11 +42,11 @@ class User(web.WebSocketResponse):
             timeout=2,  # seconds for the answer to a close frame
             autoping=False,  # else a flood of pings is answered for free
             compress=False,  # what is compressed is not the same bytes for everyone
-            max_msg_size=2**14 + 1,  # bytes: the first size that closes with 1009
+            max_msg_size=2**14 + 1,  # bytes: the least that closes with 1009
         )
         self.name, self.transport = name, transport
         self.behind = 0  # batches sent, but not yet written to the transport
-        self.paid_until = 0.0  # the loop's time at which all that was said is paid
+        self.paid_until = 0.0  # the loop's time at which all that was said is paid for
 
     async def pay(self, size: int) -> None:
         """Take `size` bytes out of the token bucket, and wait while it is overdrawn."""
@@ -67,15 +67,15 @@ class User(web.WebSocketResponse):
 
 
 class Room:
-    """Who is logged in, and what is said."""
+    """Who is logged in, and what is said: from `batch` to `sent`, and to all transports."""
 
     def __init__(self) -> None:
         self.users: dict[str, User] = {}  # by name, in order of login
         self.batch = bytearray()  # whole frames, said but not sent
         self.flushed = asyncio.Event()  # set for a moment when the batch is sent
-        self.sent = deque[bytes]()  # the last batches, for who is behind
-        self.size = 0  # bytes in them, and 64 for each
-        self.notice_at = 0.0  # the loop's time of the last or next notice
+        self.sent = deque[bytes]()  # the last batches, kept for who is behind
+        self.size = 0  # bytes in them, and 64 for each, which is about what Python adds
+        self.changes = 0  # of who is here, since the last notice
 
     def names(self) -> list[str]:
         """Return the names of all who are logged in, in order of login."""
@@ -96,13 +96,17 @@ class Room:
             self.changed(user.name, how)
 
     def changed(self, name: str, how: str) -> None:
-        """Log who came or went; have everyone ask for the list, 1,000 a second at most."""
+        """Log who came or went, and have all told: together, they ask 1,000 times a second."""
         log.info("%s %s, %d here", name, how, len(self.users))
-        loop = asyncio.get_running_loop()
-        if self.notice_at <= loop.time():
-            self.notice_at = loop.time() + max(0.1, len(self.users) / 1000)  # seconds
-            notice = frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
-            loop.call_at(self.notice_at, self.deliver, notice)
+        if not self.changes:
+            pause = max(0.1, len(self.users) / 1000)  # seconds
+            asyncio.get_running_loop().call_later(pause, self.announce)
+        self.changes += 1
+
+    def announce(self) -> None:
+        """Tell everyone, once for all changes of late, to ask for the list of users."""
+        self.changes = 0
+        self.deliver(frame(WSMsgType.TEXT, b"{{RefreshUsers}}"))
 
     async def say(self, user: User, text: bytes) -> None:
         """Add `text`, UTF-8, to the batch, which leaves on the loop's next iteration."""
@@ -129,7 +133,7 @@ class Room:
         for user in list(self.users.values()):
             if not user.behind and user.is_ready():
                 user.transport.write(frames)
-            elif user.behind >= len(self.sent):
+            elif user.behind >= len(self.sent):  # the next it needs is no longer kept
                 self.leave(user, "was let go: too far behind")
                 user.cut_off()
             else:
@@ -139,7 +143,7 @@ class Room:
 
     def catch_up(self, user: User) -> None:
         """Write the next 16 KiB that `user` is behind, if ready; go on, but let others in."""
-        pause = 0.05  # seconds
+        pause = 0.05  # seconds to the next look, since a transport does not tell
         if user.is_ready():
             piece, pause = bytearray(), 0
             while user.behind and len(piece) < 2**14:
@@ -162,18 +166,19 @@ ROOM = web.AppKey("room", Room)
 
 def is_cross_origin(request: web.Request) -> bool:
     """Tell whether a page of another host sent `request` (RFC 6455, section 10.2)."""
-    origin = request.headers.get("Origin", "://" + request.host)
-    # Not the scheme: a proxy may do the TLS.
-    return origin.partition("://")[2].lower() != request.host.lower()
+    host = request.headers.get("Host", "")  # request.host may wait for a name server
+    origin = request.headers.get("Origin", "://" + host)
+    return origin.partition("://")[2].lower() != host.lower()
 
 
 def from_operator(request: web.Request) -> bool:
     """Tell whether somebody on this machine, not a page of another site, sent `request`."""
-    headers, host = request.headers, request.host.rsplit(":", 1)[0]
+    headers = request.headers
     proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "Via"))
     own_page = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
     # Under another name, this host's page may be another site's: DNS rebinding.
-    local = {request.remote, host} <= {"127.0.0.1", "::1", "[::1]", "localhost"}
+    names = {request.remote, headers.get("Host", "").rsplit(":", 1)[0]}
+    local = names <= {"127.0.0.1", "::1", "[::1]", "localhost"}
     return local and own_page and not proxied and not is_cross_origin(request)
 
 
@@ -185,7 +190,9 @@ async def page(request: web.Request) -> web.Response:
         text = "\r\n".join(f'<option value="{name}">{name}</option>' for name in names)
     elif query.get("getUsers2") == "1":
         text, content_type = "\r\n".join(room.names()), "text/plain"
-    elif query.get("resetUsers") == "1" and request.method != "HEAD":  # which is safe
+    elif (
+        query.get("resetUsers") == "1" and request.method != "HEAD"
+    ):  # HEAD changes nothing
         if not from_operator(request):
             raise web.HTTPForbidden(text="Only the operator may reset the users")
         await room.close(1000, b"the users were reset")
@@ -205,28 +212,30 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     if not 1 <= len(name) <= 32 or not name.isprintable() or ":" in name:
         raise web.HTTPBadRequest(text="A name: 1 to 32 printable characters, no colon")
     user, ready = User(name, transport), False
-    with suppress(ValueError):  # aiohttp's, of a header that is not ASCII
+    with suppress(ValueError):  # raised for a header that is not ASCII
         ready = user.can_prepare(request).ok
-    if not ready and name not in room.names():
+    if not ready and name not in room.names():  # else enter() says what is wrong
         headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
         headers["Sec-WebSocket-Version"] = "13"
         raise web.HTTPUpgradeRequired(headers=headers, text="Connect with a WebSocket")
     await room.enter(user)
     try:
-        transport.set_write_buffer_limits(2 * MAX_BEHIND)  # so that aiohttp never waits
+        transport.set_write_buffer_limits(
+            2 * MAX_BEHIND
+        )  # aiohttp's own writes never wait
         await user.prepare(request)
         async for message in user:
             if message.type is WSMsgType.TEXT:
                 text = message.data.encode()
                 await room.say(user, text)
                 await user.pay(64 + len(text))  # so that tiny ones are not free
-            elif message.type is not WSMsgType.ERROR:  # with which aiohttp ends it
+            elif message.type is not WSMsgType.ERROR:  # after which the loop ends
                 if message.type is WSMsgType.PING and user.is_ready():
                     transport.write(frame(WSMsgType.PONG, message.data))
                 await user.pay(4096 + len(message.data))
     finally:
         room.leave(user)
-        asyncio.get_running_loop().call_later(2, user.cut_off)  # seconds
+        asyncio.get_running_loop().call_later(2, user.cut_off)  # if not closed then
     return user
 
 
@@ -259,11 +268,11 @@ def serve(app: web.Application, host: str, port: int) -> None:
     """Serve `app` until Ctrl-C or SIGTERM; if that cannot be, say why and exit."""
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
-    logging.getLogger("aiohttp.server").addFilter(  # not of what is not HTTP
+    logging.getLogger("aiohttp.server").addFilter(  # not of clients' broken HTTP
         lambda r: not (r.exc_info and isinstance(r.exc_info[1], HttpProcessingError))
     )
-    with suppress(ImportError, OSError, ValueError):  # a page takes two descriptors
-        from resource import RLIMIT_NOFILE, getrlimit, setrlimit  # not on Windows
+    with suppress(ImportError, OSError, ValueError):  # not on every system
+        from resource import RLIMIT_NOFILE, getrlimit, setrlimit  # a page takes two
 
         setrlimit(RLIMIT_NOFILE, (getrlimit(RLIMIT_NOFILE)[1],) * 2)
     try:

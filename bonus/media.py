@@ -224,7 +224,7 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
         raise web.HTTPBadRequest
     call = calls.setdefault(path, {})
     if before := call.pop(id, None):  # over a connection that is lost
-        before.transport.abort()
+        before.cut_off()
         introduce(request, call)
     if len(call) == MAX_MEMBERS:
         await member.close(code=4000, message=b"the call is full, it has 6 members")
