@@ -94,6 +94,11 @@ class Peer:
         return peer
 
     @classmethod
+    def abort_all(cls):
+        while cls.everyone:
+            cls.everyone.pop().writer.transport.abort()
+
+    @classmethod
     async def login(cls, port, name, headers=()):
         headers = UPGRADE | dict(headers)
         peer = await cls.ask(port, f"GET /ws?user={quote(name)}", headers)
@@ -203,8 +208,7 @@ async def serving(app):
         try:
             yield listener.getsockname()[1]
         finally:
-            while Peer.everyone:
-                Peer.everyone.pop().writer.transport.abort()
+            Peer.abort_all()
             await runner.cleanup()
 
 
@@ -686,6 +690,7 @@ async def running(folder, *options, program=HERE / "chat.py", limits=None):
         process.log = (folder / "log").read_text
         yield process
     finally:
+        Peer.abort_all()
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
@@ -1038,9 +1043,9 @@ async def test_the_log_follows_its_end_and_stays_put_while_one_reads_back(page, 
     await expect(entries(page).last).to_contain_text("number 1199")
     await page.evaluate(DRAWN)
     assert abs(await read.evaluate(place) - where) < 2  # pixels
-    await log.press("End")
     async with asyncio.timeout(LIMIT):
-        while not await log.evaluate(AT_END):
+        while not await log.evaluate(AT_END):  # entries grow as they come into view
+            await log.press("End")
             await page.evaluate(DRAWN)
     jill.say("last\n\n\n\n")
     await expect(entries(page).last).to_contain_text("last")
