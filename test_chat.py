@@ -55,6 +55,18 @@ UPGRADE = {
 number = itertools.count()  # for names that nobody had before
 
 
+def unable(reason):
+    """Skip this test, or fail it in CI, for want of something."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def program(name, package=None):
+    """Return the path of a program, which may be out of a user's PATH, or skip."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    found = shutil.which(name, path=path)
+    return found or unable(f"there is no {name}: apt install {package or name}")
+
+
 def frame(opcode: int, payload: bytes = b"", first: int = 0x80) -> bytes:
     """Return a frame, masked with zeros; `first` has FIN and the reserved bits."""
     size = len(payload)
@@ -826,8 +838,7 @@ async def browser():
                 browser = await player.chromium.launch(**options)
                 break
         else:
-            reason = "the page needs a browser: apt install chromium"
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+            unable("the page needs a browser: apt install chromium")
         yield browser
         await browser.close()
 
