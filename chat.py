@@ -23,7 +23,6 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from aiohttp import WSMsgType, web
@@ -374,12 +373,11 @@ def is_cross_origin(request: web.Request) -> bool:
 
 
 def from_operator(request: web.Request) -> bool:
-    """Tell whether somebody on this machine sent `request`, and no link or other site."""
+    """Tell whether somebody on this machine, and no page, sent `request`."""
     headers = request.headers
     proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "Via"))
-    # Browsers say what caused a request. A link that a user said is of this site, too.
-    site = headers.get("Sec-Fetch-Site", "none")
-    meant = site == "none" or site == "same-origin" and request.method == "POST"
+    # Browsers say whose page caused a request: also this one's, with a link in a message.
+    meant = headers.get("Sec-Fetch-Site", "none") == "none"
     # Under another name, this site may be somebody else's: DNS rebinding.
     names = {request.remote, headers.get("Host", "").rsplit(":", 1)[0]}
     local = names <= {"127.0.0.1", "::1", "[::1]", "localhost"}
@@ -460,7 +458,7 @@ def serve(app: web.Application, host: str, port: int) -> None:
             backlog=1024,  # after a restart, everyone comes back at once
             shutdown_timeout=1,
             auto_decompress=False,  # nobody reads a body
-            print=partial(print, flush=True),  # else a pipe has it when all is over
+            print=lambda text: print(text, flush=True),  # a pipe, too, has it at once
         )
     except OSError as error:
         raise SystemExit(f"Cannot serve {host}:{port}: {error}") from None
