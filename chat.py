@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import html
 import logging
+import math
 import re
 import signal
 import time
@@ -71,9 +72,7 @@ def frame(kind: WSMsgType, payload: bytes) -> bytes:
     return bytes([0x80 | kind, *length]) + payload  # 0x80: no fragment follows
 
 
-def here(number: int) -> bytes:
-    """Return the frame that says: this is the number of the last message before me."""
-    return frame(WSMsgType.TEXT, b"{{Here %d}}" % number)
+NOTICE = frame(WSMsgType.TEXT, b"{{RefreshUsers}}")  # ask for the list of users
 
 
 class Room:
@@ -154,6 +153,7 @@ class Room:
                 user.transport.write(batch)
                 user.place = self.last
             elif not user.behind:
+                user.behind = True
                 self.catch_up(user)
         self.flushed = self.last
 
@@ -168,11 +168,8 @@ class Room:
     def announce(self) -> None:
         """Tell everyone, once for all changes of late, to ask for the list of users."""
         self.announcing = False
+        self.batch += NOTICE
         self.flush()
-        for user in list(self.users.values()):
-            user.to_notify = True
-            if not user.behind:
-                self.catch_up(user)
 
     async def close(self, code: int, reason: str) -> None:
         """Log everyone off; takes 2 s at most, even if nobody answers."""
@@ -194,32 +191,33 @@ class Room:
         return self.last - len(self.messages)
 
     def catch_up(self, user: User) -> None:
-        """Write the next 16 KiB that `user` lacks, if it is ready; then let others in."""
+        """Write the next 16 KiB of what `user` lacks, if it is ready; then let others in."""
+        loop, misses = asyncio.get_running_loop(), user.place < self.lost
         if self.users.get(user.name) is not user:
             return
-        pause = 0.05  # seconds to the next look, for a transport does not tell
-        misses = user.place < self.lost
         if misses and user.after is None:  # this client could not know what it missed
             self.leave(user, "was let go: too far behind")
-            return user.cut_off()
-        if user.is_ready():
-            piece, pause = bytearray(), 0
-            if misses:  # go on with the newer half, or the next would soon be lost, too
+            user.cut_off()
+        elif not user.is_ready():  # look again: a transport does not tell
+            user.behind = True
+            loop.call_later(0.05, self.catch_up, user)
+        else:
+            piece = bytearray()
+            if misses:  # go on with the newer half: the oldest would soon be lost, too
                 user.place = self.last - len(self.messages) // 2
-                piece += here(user.place)
+            if misses or user.place >= user.asked:
+                piece += frame(WSMsgType.TEXT, b"{{Here %d}}" % user.place)
+            if user.place >= user.asked:
+                user.asked = math.inf
             while user.place < self.last and len(piece) < 16 * KIB:
                 user.place += 1
                 piece += self.messages[user.place]
-            if user.asked is not None and user.asked <= user.place:
-                user.asked = None
-                piece += here(user.place)
-            if user.to_notify:
-                user.to_notify = False
-                piece += frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
+            if user.behind and user.place == self.last:  # it may lack a notice, too
+                piece += NOTICE
             user.transport.write(piece)
-        user.behind = user.place < self.last or user.asked is not None or user.to_notify
-        if user.behind:
-            asyncio.get_running_loop().call_later(pause, self.catch_up, user)
+            user.behind = user.place < self.last or user.asked < math.inf
+            if user.behind:
+                loop.call_soon(self.catch_up, user)
 
     # 4. Who comes back
     #
@@ -239,8 +237,7 @@ class Room:
         user.place = self.last
         if user.after is not None:
             number = user.after if user.after >= 0 else self.last + user.after
-            user.place = min(max(number, self.lost), self.last)
-            user.transport.write(here(user.place))
+            user.place = user.asked = min(max(number, self.lost), self.last)
             self.catch_up(user)
 
     def answer(self, user: User) -> None:
@@ -278,8 +275,7 @@ class User(web.WebSocketResponse):
         self.after: int | None = None  # the number that a client asked to go on after
         self.place = 0  # number of the last message written to the transport
         self.behind = False  # catch_up() has more to write
-        self.asked: int | None = None  # number to reach before the answer
-        self.to_notify = False  # that the list of users has changed
+        self.asked = math.inf  # the place from which on to tell it where it is
         self.credit, self.paid_at = float(BURST), time.monotonic()
 
     async def read(self) -> AsyncIterator[tuple[WSMsgType, bytes]]:
