@@ -926,14 +926,14 @@ async def test_reset_is_refused_to_another_machine():
 
 
 @asynccontextmanager
-async def running(folder, *options, program=HERE / "chat.py", limits=None):
+async def running(folder, *options, program=HERE / "chat.py", limits=None, flags=()):
     """Run the program, which says its `port`, with its `log` in the folder."""
     if limits:  # soft and hard, of descriptors
         from resource import RLIMIT_NOFILE, setrlimit  # not on Windows
 
     with (folder / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, program, "--host", "127.0.0.1", "--port", "0", *options,
+            sys.executable, *flags, program, "--host", "127.0.0.1", "--port", "0", *options,
             preexec_fn=(lambda: setrlimit(RLIMIT_NOFILE, limits)) if limits else None,
             stdout=asyncio.subprocess.PIPE, stderr=log,
         )  # fmt: skip
@@ -1082,6 +1082,22 @@ async def test_descriptors_are_used_up_before_newcomers_have_to_wait(tmp_path):
         await Peer.login(process.port, "Jill")  # now that there is room again
         process.terminate()
         assert await status(process) == 0
+
+
+async def test_the_readmes_smallest_chat_works(tmp_path):
+    readme = (HERE / "README.md").read_text("utf-8")
+    code = re.search(r"```python\n(.+?)```", readme, re.DOTALL)[1]
+    assert code.count("port=8080)") == 1
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    code = code.replace('"localhost", port=8080', f'"127.0.0.1", port={port}')
+    (program := tmp_path / "smallest.py").write_text(code)
+    async with running(tmp_path, program=program, flags=["-u"]):
+        assert "new WebSocket(" in (await Peer.ask(port, "GET /")).body
+        plain = {"Sec-WebSocket-Extensions": ""}
+        jill, jack = [await Peer.login(port, name, plain) for name in ("Jill", "Jack")]
+        jack.say("hello")
+        assert await jill.hear() == await jack.hear() == ["Jack: hello"]
 
 
 async def test_every_place_that_names_the_dependencies_says_the_same():
