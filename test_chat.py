@@ -1464,17 +1464,6 @@ async def sockets(page):
     return sockets
 
 
-async def test_it_comes_back_once_its_own_lost_connection_frees_the_name(page, sockets):
-    await enter(page)
-    (end, server) = sockets[0]
-    async with page.expect_response("**/ws?user=Jack") as refused:
-        await end.close(code=1011)
-    assert (await refused.value).status == 409
-    await expect(role(page, "alert")).to_contain_text("connection is lost")
-    await server.close()
-    await expect(role(page, "status")).to_have_text("Online", timeout=20_000)
-
-
 @pytest.mark.parametrize("code", [1000, 1009, None])
 async def test_after_a_log_off_or_a_final_close_it_does_not_come_back(
     page, sockets, port, code
