@@ -167,10 +167,19 @@ class Peer:
         assert await self.answer() == (PONG, b"?")
 
     async def told(self, *names):
-        """Ask for the list at each notice, as a page does, until it is `names`."""
-        async with asyncio.timeout(LIMIT):
-            while await self.receive() != NOTICE or await users(self.port) != [*names]:
-                pass
+        """Ask for the list at each notice, as a page does, until it is `names`.
+
+        A change is told within a second: after 5 without one, the list stays wrong.
+        """
+        listed, loop = "never told", asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(5) as limit:
+                while listed != [*names]:
+                    if await self.receive() == NOTICE:
+                        listed = await users(self.port)
+                        limit.reschedule(loop.time() + 5)
+        except TimeoutError:
+            pytest.fail(f"the list should be {[*names]}, and is {listed}")
 
     async def closed(self):
         """Return the code and the reason that this is closed with; nothing follows."""
@@ -202,6 +211,7 @@ async def users(port):
 async def login(port, *names, **query):
     """Log in all these; the first has been told of it."""
     peers = [await Peer.login(port, name, **query) for name in names]
+    assert await users(port) == [*names]  # or each test would wait for it
     await peers[0].told(*names)
     return peers
 
