@@ -144,15 +144,15 @@ class Room:
 
     def flush(self) -> None:
         """Write the batch, once to each user; who lacks what came before it catches up."""
-        batch, self.batch = bytes(self.batch), bytearray()
+        batch, before = bytes(self.batch), self.flushed
+        self.batch, self.flushed = bytearray(), self.last
         for user in list(self.users.values()):
-            if user.place == self.flushed and user.is_ready():
+            if user.place == before and user.is_ready():
                 user.transport.write(batch)
                 user.place = self.last
             elif not user.behind:
                 user.behind = True
                 self.catch_up(user)
-        self.flushed = self.last
 
     def changed(self, name: str, how: str) -> None:
         """Log who came or went. All will ask for the list: the more, the rarer it is told."""
@@ -198,7 +198,7 @@ class Room:
             if missing:  # go on with the newer half: the rest would soon be lost, too
                 user.place = self.last - len(self.messages) // 2
             if missing or user.place >= user.asked:
-                piece += frame(WSMsgType.TEXT, b"{{Here %d}}" % user.place)
+                piece += user.here()
             if user.place >= user.asked:
                 user.asked = math.inf
             while user.place < self.last and len(piece) < 16 * KIB:
@@ -229,7 +229,8 @@ class Room:
         user.place = self.last
         if user.after is not None:
             number = user.after if user.after >= 0 else self.last + user.after
-            user.place = user.asked = min(max(number, self.lost), self.last)
+            user.place = min(max(number, self.lost), self.last)
+            user.transport.write(user.here())
             self.catch_up(user)
 
     def answer(self, user: User) -> None:
@@ -291,6 +292,10 @@ class User(web.WebSocketResponse):
         self.paid_at = now
         if self.credit < 0 and not self.transport.is_closing():
             await asyncio.sleep(-self.credit / RATE)
+
+    def here(self) -> bytes:
+        """Return the frame that tells the place."""
+        return frame(WSMsgType.TEXT, b"{{Here %d}}" % self.place)
 
     def replace(self, before: User) -> None:
         """Close the older connection of this user, without a new burst for this one."""
