@@ -788,7 +788,7 @@ class TestProtocol:
             (PONG, b"", 48),
         ]
         for took in await asyncio.gather(*(seconds(*kind) for kind in kinds)):
-            assert 1.9 < took < 4  # 2, if only the price took time
+            assert 1.9 < took < 10  # 2, if only the price took time
 
     async def test_who_is_dead_is_gone_within_45_seconds_but_not_who_says_much(
         self, port
