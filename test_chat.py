@@ -936,15 +936,27 @@ async def test_reset_is_refused_to_another_machine():
 
 
 @asynccontextmanager
-async def running(folder, *options, program=HERE / "chat.py", limits=None, flags=()):
+async def running(
+    folder,
+    *options,
+    program=HERE / "chat.py",
+    limits=None,
+    hangup=signal.SIG_DFL,
+    flags=(),
+):
     """Run the program, which says its `port`, with its `log` in the folder."""
-    if limits:  # soft and hard, of descriptors
-        from resource import RLIMIT_NOFILE, setrlimit  # not on Windows
+
+    def prepare():
+        if limits:  # soft and hard, of descriptors
+            from resource import RLIMIT_NOFILE, setrlimit
+
+            setrlimit(RLIMIT_NOFILE, limits)
+        signal.signal(signal.SIGHUP, hangup)  # whatever started these tests
 
     with (folder / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable, *flags, program, "--host", "127.0.0.1", "--port", "0", *options,
-            preexec_fn=(lambda: setrlimit(RLIMIT_NOFILE, limits)) if limits else None,
+            preexec_fn=prepare if hasattr(signal, "SIGHUP") else None,  # not on Windows
             stdout=asyncio.subprocess.PIPE, stderr=log,
         )  # fmt: skip
     try:
@@ -1053,15 +1065,11 @@ async def test_a_link_to_the_program_runs_it(tmp_path):
 
 
 async def test_under_nohup_the_end_of_the_terminal_is_not_its_end(tmp_path):
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the process inherits
-    try:
-        async with running(tmp_path) as process:
-            process.send_signal(signal.SIGHUP)
-            await Peer.login(process.port, "Jack")
-            process.terminate()
-            assert await status(process) == 0
-    finally:
-        signal.signal(signal.SIGHUP, ignored)
+    async with running(tmp_path, hangup=signal.SIG_IGN) as process:
+        process.send_signal(signal.SIGHUP)
+        await Peer.login(process.port, "Jack")
+        process.terminate()
+        assert await status(process) == 0
 
 
 async def test_a_page_that_is_missing_is_500_and_in_the_log(tmp_path):
