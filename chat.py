@@ -275,9 +275,7 @@ class Room:
             return
         loop, user.behind = asyncio.get_running_loop(), True
         hole = user.place < self.forgotten
-        if (
-            hole and user.after is None
-        ):  # a client that knows no numbers would not see it
+        if hole and user.after is None:  # it knows no numbers, and would not see it
             self.leave(user, "was let go: too far behind")
             return user.cut_off()
         if (
