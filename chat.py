@@ -278,9 +278,7 @@ class Room:
         if hole and user.after is None:  # it knows no numbers, and would not see it
             self.leave(user, "was let go: too far behind")
             return user.cut_off()
-        if (
-            not user.is_ready()
-        ):  # asyncio tells aiohttp when it is, but not us: look again
+        if not user.is_ready():  # look again: only aiohttp is told when it is
             loop.call_later(0.05, self.catch_up, user)
             return
         piece = bytearray()
