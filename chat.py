@@ -312,7 +312,12 @@ class Room:
         A login that was held up in the network has an earlier turn, and is refused.
         """
         old = self.users.get(user.name)
-        return old is None or old.key == user.key != "" and old.turn <= user.turn
+        same = self.is_key_of(user.name, user.key)
+        return old is None or same and old.turn <= user.turn
+
+    def is_key_of(self, name: str, key: str) -> bool:
+        """Tell whether the user of that name is here and has this key, which proves it."""
+        return name in self.users and self.users[name].key == key != ""
 
     def begin(self, user: User) -> None:
         """Give `user` its place: at the end, or where it wants to go on."""
