@@ -12,7 +12,6 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 from aiohttp import WSMsgType, web
@@ -45,15 +44,17 @@ def signed(token: str, servers: Servers) -> str:
     return token + hmac.digest(key, token.encode(), "sha256")[:8].hex()
 
 
-def ice_for(id: str, servers: Servers) -> list[dict[str, str]]:
-    """Return the RTCIceServers for a call, with credentials as coturn's use-auth-secret
-    wants them; a call that was not begun in the room gets no relay.
+def ice_for(call: str, member: str, servers: Servers) -> list[dict[str, str]]:
+    """Return the RTCIceServers for a member of a call; no relay if nobody began it.
+
+    The credentials are as coturn's use-auth-secret wants them, and its quotas are a user's.
     """
-    user, ice = str(int(time.time()) + LIFETIME), []
+    user, ice = f"{int(time.time()) + LIFETIME}:{member}", []
+    is_begun = hmac.compare_digest(signed(call[:-16], servers).encode(), call.encode())
     for url, secret in servers:
         if not secret:
             ice.append({"urls": url})
-        elif hmac.compare_digest(signed(id[:-16], servers).encode(), id.encode()):
+        elif is_begun:
             password = hmac.digest(secret.encode(), user.encode(), "sha1")
             credential = base64.b64encode(password).decode()
             ice.append({"urls": url, "username": user, "credential": credential})
@@ -63,8 +64,8 @@ def ice_for(id: str, servers: Servers) -> list[dict[str, str]]:
 class Call:
     """Who is in a call."""
 
-    def __init__(self, ice: Callable[[], list[dict[str, str]]]) -> None:
-        self.ice = ice
+    def __init__(self, id: str, servers: Servers) -> None:
+        self.id, self.servers = id, servers
         self.members: dict[str, chat.User] = {}  # by ID
         self.names: dict[str, str] = {}  # of those who were introduced, by ID
         self.changing = False  # introduce() is on its way
@@ -88,7 +89,8 @@ class Call:
     def answer(self, id: str) -> None:
         """Tell a member what all were told, with credentials that are new."""
         if id in self.names:
-            self.tell(id, {"id": id, "members": self.names, "ice": self.ice()})
+            ice = ice_for(self.id, id, self.servers)
+            self.tell(id, {"id": id, "members": self.names, "ice": ice})
 
     def pass_on(self, sender: str, payload: bytes) -> None:
         """Pass [TO, KIND, CONTENT] on to that member as [FROM, KIND, CONTENT]."""
@@ -146,7 +148,7 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
         await member.prepare(request)
     if not member.prepared:
         raise web.HTTPBadRequest
-    call = calls.setdefault(call_id, Call(lambda: ice_for(call_id, servers)))
+    call = calls.setdefault(call_id, Call(call_id, servers))
     if before := call.members.get(id):  # over a connection that is lost
         member.replace(before)
     elif len(call.members) == MAX_MEMBERS:

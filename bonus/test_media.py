@@ -11,6 +11,7 @@ What is seen is the wire, the disk, and a real Chromium. The calls are in test_c
 """
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -25,6 +26,7 @@ import wave
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import unquote
@@ -143,8 +145,23 @@ async def test_the_page_is_the_chats_with_a_script_and_a_policy_for_it(client):
         "require-trusted-types-for 'script'",
     ):
         assert text.count(part) == 1
-    assert "javascript" in (await client.get("/media.js")).content_type
-    assert await get(client, "/?getUsers2=1") == (200, b"Jack")
+    for script in "/media.js", "/call.js":
+        assert "javascript" in (await client.get(script)).content_type
+
+
+@pytest.mark.parametrize("name", ["<!DOCTYPE", "<!-- scripts -->", "<!-- policy -->"])
+async def test_the_lists_of_users_stay_as_they_are(client, name):
+    await client.ws_connect(URL("/ws").with_query(user=name))
+    assert await get(client, "/?getUsers2=1") == (200, f"Jack\r\n{name}".encode())
+    status, options = await get(client, "/?getUsers=1")
+    assert (status, options.count(b"<script"), options.count(b"&lt;")) == (200, 0, 2)
+
+
+async def test_the_page_of_a_call_has_the_colours_of_the_chats(client):
+    chat, call = [(await get(client, path))[1].decode() for path in ("/", "/call/a")]
+    colours = re.search(r":root \{.*?\n\}", chat, re.DOTALL)[0]
+    assert "--accent: light-dark(" in colours
+    assert call.count(colours) == 1
 
 
 async def test_a_page_with_no_place_for_the_script_ends_the_start(tmp_path):
@@ -183,7 +200,7 @@ async def test_a_range_of_a_file_can_be_fetched(client):
 @pytest.mark.parametrize(
     ("suffix", "content_type"),
     [
-        *(("jpeg", "image/jpeg"), ("webp", "image/webp"), ("mp3", "audio/mpeg")),
+        *(("jfif", "image/jpeg"), ("webp", "image/webp"), ("mp3", "audio/mpeg")),
         *(("ogg", "audio/ogg"), ("m4a", "audio/mp4"), ("webm", "video/webm")),
         ("TXT", "text/plain; charset=utf-8"),
         *((kind, None) for kind in ["svg", "html", "js", "pdf", "svgz", "txt.gz", "x"]),
@@ -231,6 +248,13 @@ async def test_only_who_is_in_the_room_may_attach_and_no_page_of_another_site(
     for origin in "https://example.com", "null":
         answer = await attach(client, b"1", headers={"Origin": origin})
         assert answer == "403 The pages of other sites may not attach files"
+    for key in "l", "", "k.1":
+        response = await client.post(f"/files?user=Jack&key={key}&name=a", data=b"1")
+        assert response.status == 403
+    await client.ws_connect("/ws?user=Joe")  # who has no key cannot prove a thing
+    assert (await attach(client, b"1", user="Joe"))[:4] == "403 "
+    response = await client.post("/files?user=Joe&key=&name=a", data=b"1")
+    assert response.status == 403
     assert stored(folder) == []
     own = {"Origin": f"http://127.0.0.1:{client.port}"}
     assert (await attach(client, b"1", headers=own)).startswith("/files/")
@@ -251,6 +275,25 @@ async def test_the_oldest_files_go_when_the_quota_is_used_up(client, folder):
     paths = [await attach(client, bytes(size)) for size in sizes]
     assert [(await get(client, path))[0] for path in paths] == [404, 200, 200]
     assert stored(folder) == [80_000, 90_000]
+
+
+async def test_an_uploader_pushes_out_its_own_files_and_none_of_who_has_less(
+    client, folder
+):
+    for user in "Jill", "Joe":
+        await client.ws_connect(f"/ws?user={user}&key=k")
+    jacks = await attach(client, bytes(50_000))
+    jills = [
+        await attach(client, bytes(size), user="Jill") for size in (60_000, 70_000)
+    ]
+    for _ in range(20):
+        await attach(client, b"", user="Jill")
+    answers = [(await get(client, path))[0] for path in (jacks, *jills)]
+    assert answers == [200, 404, 404]
+    joes = await attach(client, bytes(60_000), user="Joe")  # who has none to go
+    for path in jacks, joes:
+        assert (await get(client, path))[0] == 200
+    assert stored(folder) == [0] * 6 + [50_000, 60_000]
 
 
 async def test_even_empty_files_use_up_the_quota(client, folder):
@@ -316,6 +359,107 @@ async def test_a_download_that_stalls_is_ended(folder, monkeypatch):
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await reader.readexactly(32 * MEBIBYTE)
         writer.close()
+
+
+class SmallDisk(FileIO):
+    """A file on a disk that holds `left` bytes more, or fails."""
+
+    left, error = 0, errno.ENOSPC
+
+    def write(self, chunk: Any) -> int:
+        part = chunk[: SmallDisk.left]
+        SmallDisk.left -= len(part)
+        if not part:
+            raise OSError(SmallDisk.error, os.strerror(SmallDisk.error))
+        return super().write(part)
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    monkeypatch.setattr(media.files, "FileIO", SmallDisk)
+    delete = media.files.delete
+
+    def deletes(path: Path) -> bool:
+        SmallDisk.left += path.stat().st_size
+        return delete(path)
+
+    monkeypatch.setattr(media.files, "delete", deletes)
+
+
+async def test_on_a_full_disk_the_oldest_files_go(client, folder, small_disk):
+    SmallDisk.left, SmallDisk.error = 100_000, errno.ENOSPC
+    paths = [await attach(client, os.urandom(30_000)) for _ in range(3)]
+    body = os.urandom(40_000)
+    last = await attach(client, body)
+    assert [(await get(client, path))[0] for path in paths] == [404, 200, 200]
+    assert await get(client, last) == (200, body)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO])
+async def test_a_disk_that_takes_nothing_is_said_and_costs_no_traceback(
+    client, folder, small_disk, error, caplog
+):
+    SmallDisk.left, SmallDisk.error = 60_000, error
+    path = await attach(client, bytes(20_000)) if error != errno.ENOSPC else None
+    text = "507 The server cannot store the file: its disk is full, or fails"
+    assert await attach(client, bytes(90_000)) == text
+    assert stored(folder) == [20_000] * bool(path)  # of others, none goes for nothing
+    assert "Traceback" not in caplog.text
+    SmallDisk.left = 90_000
+    assert (await attach(client, bytes(90_000))).startswith("/files/")
+
+
+async def test_a_folder_that_was_cleaned_away_is_made_again(client, folder):
+    path = await attach(client, b"1")
+    shutil.rmtree(folder)
+    assert (await get(client, path))[0] == 404
+    path = await attach(client, b"2")
+    assert await get(client, path) == (200, b"2")
+
+
+async def test_what_is_not_its_own_in_the_folder_is_left_alone(folder):
+    secret = folder.parent / "secret"
+    secret.write_bytes(b"secret")
+    id = "a" * 24
+    for suffix in ".chat-file", ".chat-part":
+        (folder / f"{'l' * 24}{suffix}").symlink_to(secret)
+        (folder / f"{'d' * 24}{suffix}").mkdir()
+        (folder / f"{'f' * 23}{suffix}").write_bytes(bytes(300_000))
+        os.mkfifo(folder / f"{'p' * 24}{suffix}")
+    (folder / ("f" * 22)).write_bytes(bytes(300_000))
+    (folder / f"{id}.chat-part").write_bytes(bytes(300_000))  # of a crash
+    (folder / f"{id}.chat-file").write_bytes(b"own")
+    before = sorted(folder.iterdir())
+    before.remove(folder / f"{id}.chat-part")
+    async with serve(folder, 100_000, 250_000) as client:
+        assert sorted(folder.iterdir()) == before
+        for name in "l" * 24, "d" * 24, "f" * 23, "p" * 24, "f" * 22, "%2e%2e":
+            assert (await get(client, URL(f"/files/{name}/a", encoded=True)))[0] == 404
+        assert await get(client, f"/files/{id}/a") == (200, b"own")
+        for _ in range(4):
+            assert (await attach(client, bytes(90_000))).startswith("/files/")
+        before.remove(folder / f"{id}.chat-file")
+        assert set(folder.iterdir()) > set(before)
+    assert secret.read_bytes() == b"secret"
+
+
+async def test_two_servers_share_a_folder_and_its_quota(folder):
+    async with (
+        serve(folder, 100_000, 250_000) as first,
+        serve(folder, 100_000, 250_000) as second,
+    ):
+        paths = [await attach(first, bytes(90_000)), await attach(second, b"2")]
+        assert await get(first, paths[1]) == (200, b"2")
+        begun = await connect(first.port, UPLOAD, bytes(49_999))
+        await until(lambda: stored(folder) == [1, 49_999, 90_000])
+        await asyncio.sleep(1.1)  # a server looks what others did once a second
+        # What one of them reads or writes, no other deletes, even as it starts.
+        media.files.Files(folder, 1, 1)
+        paths.append(await attach(second, bytes(90_000)))
+        assert [(await get(second, path))[0] for path in paths] == [404, 200, 200]
+        begun[1].write(b"1")
+        assert "201" in await line(begun[0])
+        assert stored(folder) == [1, 50_000, 90_000]
 
 
 def pass_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,8 +530,9 @@ async def test_files_in_a_folder_of_ones_own_outlive_the_server(folder):
     assert (folder / "my holiday.jpg").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGHUP])
 async def test_without_a_folder_of_ones_own_the_files_go_with_the_server(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, signal_
 ):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     port = free_port()
@@ -398,7 +543,7 @@ async def test_without_a_folder_of_ones_own_the_files_go_with_the_server(
         await http.post(f"{url}/files?user=Jack&key=k", data=b"1")
         _, _writer = await connect(port, UPLOAD, bytes(9))
         await until(lambda: len([*tmp_path.rglob("chat-*/*")]) == 2)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal_)
         await asyncio.wait_for(process.wait(), LIMIT)
         assert list(tmp_path.iterdir()) == []
         assert process.returncode == 0
@@ -642,8 +787,8 @@ async def test_turn_credentials_are_those_of_coturns_use_auth_secret(
         said = await told(await join(client, "Jack", "jack", call))
         relay = {
             "urls": "turns:[::1]:5349?transport=tcp",
-            "username": "1700003600",
-            "credential": "UPlKI79IprI7lTPV/qjW058951Y=",
+            "username": f"1700003600:{JACK}",
+            "credential": "FNBnBuZn7briJnCa1Yuwyto77BA=",
         }
         assert said["ice"] == [{"urls": "stun:example.com"}, relay]
 
