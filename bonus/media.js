@@ -1,23 +1,24 @@
 // What media.py adds to chat.html: files, calls and notifications. It works as a user would:
-// it puts a link into the message box and submits the form, and sees messages in the log.
+// it puts a link into the message box and submits the form; and it hears what is said.
 
-const PICTURES = /\.(png|jpe?g|gif|webp|avif|bmp|ico)$/i;
+const PICTURES = /\.(png|jpe?g|jfif|gif|webp|avif|bmp|ico)$/i;
 const SOUNDS = /\.(mp3|m4a|aac|og[ga]|opus|wav|flac)$/i;
 const FILMS = /\.(mp4|m4v|webm|ogv|mov)$/i;
-const { login, name, log, write, message, send } =
+const MAX_FILE = Number(document.querySelector("[data-max]").dataset.max); // bytes
+const { login, name, key, log, write, message, send } =
   Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (tag) => [tag.id, tag]));
 
 document.head.append(element("style", {}, `
 #write { flex-wrap: wrap; }
 #extras { display: flex; flex-direction: column; gap: .25rem; }
 #extras button, #uploads button { padding: .1rem .6rem; }
-#uploads { flex: 100%; max-height: 30vh; margin: 0; padding: 0; overflow: auto; list-style: none; }
+#uploads { flex: 100%; max-height: 30vh; padding: 0; overflow: auto; list-style: none; }
 #uploads:empty { display: none; }
 #uploads li { display: flex; align-items: center; gap: .5rem; padding: .15rem; }
-#uploads span { flex: 1; }
+#uploads span { flex: 1; overflow-wrap: anywhere; }
 #uploads [role=alert] { color: var(--bad); }
 progress { flex: 2; min-width: 4rem; accent-color: var(--accent); }
-#notify { flex: none; width: auto; min-width: 0; margin: 0; accent-color: var(--accent); }
+#notify { flex: none; width: auto; min-width: 0; accent-color: var(--accent); }
 #notify-state { min-width: 2rem; color: var(--soft); }
 #log :is(img, audio, video) { display: block; max-width: 100%; max-height: 16rem; margin-top: .25rem; border-radius: .5rem; }
 #log audio { width: 20rem; height: 2.5rem; }
@@ -47,6 +48,15 @@ function say(link) {
   focused.focus();
 }
 
+// Send something to an address of this server, with the proof of who one is.
+function post(request, path, body, query = {}) {
+  request.open("POST", `${path}?${new URLSearchParams({ user: name.value, key: key.value, ...query })}`);
+  request.send(body);
+  return new Promise((done) => {
+    request.onloadend = done;
+  });
+}
+
 // Files: one after the other, so that they are said in their order
 
 const uploads = element("ul", { id: "uploads", "aria-label": "Uploads" });
@@ -66,21 +76,24 @@ function attach(files) {
 }
 
 async function upload(file, request, bar) {
+  const complain = (why) => bar.isConnected && complainOf(`${file.name}: ${why}`);
+  if (file.size > MAX_FILE) return complain(`The file is too large: ${MAX_FILE / 2 ** 20} MiB at most`);
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    return complain("This is a folder, or a file that cannot be read");
+  }
   request.upload.onprogress = ({ loaded, total }) => {
     bar.value = loaded / total;
   };
-  request.open("POST", `files?${new URLSearchParams({ user: name.value, name: file.name })}`);
-  request.send(file);
-  await new Promise((done) => {
-    request.onloadend = done;
-  });
+  await post(request, "files", file, { name: file.name });
   const text = request.responseText;
   if (request.status === 201) say(new URL(`.${text}`, location).href);
-  else if (request.getResponseHeader("Content-Type")?.startsWith("text/plain")) complain(`${file.name}: ${text}`);
-  else if (bar.isConnected) complain(`${file.name}: the upload failed, status ${request.status}`);
+  else if (request.getResponseHeader("Content-Type")?.startsWith("text/plain")) complain(text);
+  else complain(request.status ? `The upload failed, status ${request.status}` : "The connection is lost");
 }
 
-function complain(text) {
+function complainOf(text) {
   const row = element("li", {}, element("span", { role: "alert" }, text), button("Dismiss", () => row.remove()));
   uploads.append(row);
 }
@@ -110,31 +123,55 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 
 // Calls
 
-function call() {
-  if (send.disabled) return complain("Log in first: calls are for who is in the room");
-  const path = `call/${crypto.getRandomValues(new BigUint64Array(2)).join("-")}`;
-  say(new URL(path, location).href);
-  open(path, "_blank", "noopener"); // to wait there for the others
+async function call() {
+  if (send.disabled) return complainOf("Log in first: calls are for who is in the room");
+  const request = new XMLHttpRequest();
+  await post(request, "call");
+  if (request.status !== 201) return complainOf(request.responseText || "The server does not answer");
+  const { href } = new URL(`.${request.responseText}`, location);
+  say(href);
+  open(href, "_blank", "noopener"); // to wait there for the others
 }
 
 write.prepend(uploads, element("div", { id: "extras" }, button("Attach", () => picker.click()), button("Call", call)), picker);
 
-// Pictures and players, in place of links to this server's files
+// What a link stands for, if it is one to a file or a call of this server, and to nothing else:
+// of "files/../?x#.png", a browser would ask for "?x".
 
-const folder = new URL("files/", location).href;
+const HERE = new URL(".", location).href;
+
+function meaning(href) {
+  const [, kind, rest] = /^(files\/[\w-]{24}|call)\/([^/?#]+)$/.exec(href.startsWith(HERE) ? href.slice(HERE.length) : "") ?? [];
+  if (kind === "call") return { text: "Join the call" };
+  if (!kind) return null;
+  const name = new URLSearchParams(`=${rest.replaceAll("+", "%2B")}`).get(""); // decodeURIComponent() may fail
+  const text = name.replace(/[^\P{C}\u200c\u200d]/gu, ""); // U+202E would show exe.gpj as jpg.exe
+  const shown = Object.entries({ img: PICTURES, audio: SOUNDS, video: FILMS }).find(([, names]) => names.test(text));
+  return { text, tag: shown?.[0] };
+}
+
+// Films show their first picture, but only those that one sees are asked for it.
+const seen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) if (isIntersecting) target.preload = "metadata";
+});
 
 function illustrate() {
-  for (const link of log.querySelectorAll(`a[href^="${folder}"]:not(.file)`)) {
-    link.classList.add("file");
-    const escaped = link.href.split("/").at(-1).replaceAll("+", "%2B");
-    const file = new URLSearchParams(`=${escaped}`).get(""); // as decodeURIComponent, but never fails
-    link.textContent = file;
-    const source = { src: link.href, "aria-label": file, controls: "", preload: "none" };
-    if (PICTURES.test(file)) link.replaceChildren(element("img", { src: link.href, alt: file, loading: "lazy" }));
-    else if (SOUNDS.test(file)) link.after(element("audio", source));
-    else if (FILMS.test(file)) link.after(element("video", source));
+  for (const link of log.querySelectorAll("a:not(.known)")) {
+    link.classList.add("known");
+    const { text, tag } = meaning(link.href) ?? {};
+    if (!text) continue;
+    link.textContent = text;
+    if (tag === "img") link.replaceChildren(element(tag, { src: link.href, alt: text, loading: "lazy" }));
+    else if (tag) {
+      const player = element(tag, { src: link.href, "aria-label": text, controls: "", preload: "none" });
+      link.after(player);
+      if (tag === "video") seen.observe(player);
+    }
   }
 }
+
+new MutationObserver(illustrate).observe(log, { childList: true, subtree: true });
+illustrate();
 
 // Notifications
 
@@ -142,8 +179,7 @@ const notify = element("input", { id: "notify", type: "checkbox", role: "switch"
 const state = element("span", { id: "notify-state", role: "status" });
 let supported = "Notification" in window;
 let note = null; // the notification that is shown
-let missed = 0; // messages since the tab is hidden ...
-let latest = null; // ... and the last of them
+let missed = []; // messages since the tab is hidden
 let timer = 0; // of the next notification
 login.after(element("label", { title: "Show messages that come while this tab is hidden" }, notify, " Notify"), state);
 
@@ -167,13 +203,20 @@ notify.onchange = async () => {
   showState();
 };
 
+document.addEventListener("heard", ({ detail: { author, text, replayed } }) => {
+  if (!document.hidden || !notify.checked || replayed || author === name.value) return;
+  missed.push({ author, text });
+  timer ||= setTimeout(showMissed, 500); // milliseconds
+});
+
 function showMissed() {
   timer = 0;
-  if (!missed) return; // the tab is looked at again
-  const [author, text] = ["b", "p"].map((tag) => latest.querySelector(tag).textContent.slice(0, 200));
-  const more = missed > 1 ? ` and ${missed - 1} more` : "";
+  if (!missed.length) return; // the tab is looked at again
+  const { author, text } = missed.at(-1);
+  const more = missed.length > 1 ? ` and ${missed.length - 1} more` : "";
+  const body = (meaning(text)?.text ?? text).slice(0, 200);
   try {
-    note = new Notification(author + more, { body: text, tag: "chat" }); // in place of the one before
+    note = new Notification(author + more, { body, tag: "chat" }); // in place of the one before
     note.onclick = () => window.focus();
   } catch { // Chromium on Android has the name but not the thing
     supported = false;
@@ -183,21 +226,7 @@ function showMissed() {
 
 document.addEventListener("visibilitychange", () => {
   note?.close();
-  missed = 0;
+  missed = [];
   showState(); // the browser's settings may be others now
 });
-
-new MutationObserver((changes) => {
-  illustrate();
-  if (!document.hidden || !notify.checked) return;
-  const added = changes.flatMap(({ addedNodes }) => [...addedNodes]);
-  const others = added.filter((entry) => entry.parentNode === log && entry.className !== "own");
-  if (!others.length) return;
-  missed += others.length;
-  latest = others.at(-1);
-  timer ||= setTimeout(showMissed, 500);
-}).observe(log, { childList: true, subtree: true });
-
-window.requestAnimationFrame = (draw) => setTimeout(draw, 16); // a hidden tab has no frames
 showState();
-illustrate();
