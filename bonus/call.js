@@ -294,6 +294,7 @@ async function turnOn(strictness, ...kinds) {
       for (const track of found.getTracks()) {
         if (visit !== mine) track.stop(); // left meanwhile
         else own[track.kind] = track;
+        delete why[track.kind];
         track.onended = () => ended(track);
       }
     } catch (error) {
