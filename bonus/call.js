@@ -33,7 +33,7 @@ login.onsubmit = async (event) => {
   const mine = ++visit;
   memory.user = name.value = name.value.trim();
   join.disabled = true;
-  const lacking = devices ? await turnOn("ideal", "audio", "video") : NO_DEVICES;
+  const lacking = devices ? await turnOn("audio", "video") : NO_DEVICES;
   if (visit !== mine) return;
   notice.textContent = lacking;
   connect();
@@ -281,11 +281,11 @@ const NO_DEVICES = "Browsers give camera and microphone only to pages from https
 const stream = new MediaStream(); // tells the others that sound and picture are one
 let own = {}; // tracks: audio, video, screen
 
-// Turn on what is not on yet; return why something is not. "exact" is the device chosen, or none.
-async function turnOn(strictness, ...kinds) {
+// Turn on what is not on yet; return why something is not.
+async function turnOn(...kinds) {
   const mine = visit;
   const why = {};
-  const wish = (kind) => ({ ...(kind === "video" && PICTURE), deviceId: { [strictness]: memory[kind] } });
+  const wish = (kind) => ({ ...(kind === "video" && PICTURE), deviceId: { exact: memory[kind] } });
   for (const wanted of new Set([kinds.join(), ...kinds])) { // both at once, for one question
     const off = wanted.split(",").filter((kind) => !own[kind]);
     if (off.join() !== wanted) continue; // it is on since the first try
@@ -298,7 +298,10 @@ async function turnOn(strictness, ...kinds) {
         track.onended = () => ended(track);
       }
     } catch (error) {
-      for (const kind of off) why[kind] = error.message;
+      for (const kind of off) {
+        why[kind] = error.message || error.name;
+        if (error.name === "OverconstrainedError") delete memory[kind]; // the one chosen is not there
+      }
     }
   }
   let text = why.audio ? `No microphone: ${why.audio}. ` : "";
@@ -318,7 +321,7 @@ async function toggle(kind) {
     own[kind].stop();
     delete own[kind];
   } else {
-    const why = await turnOn("ideal", kind);
+    const why = await turnOn(kind);
     if (joined) show(status.textContent, why);
   }
   if (joined) showOwn();
@@ -373,7 +376,7 @@ async function listDevices() {
       memory[select.id] = select.value;
       own[select.id]?.stop(); // of two cameras, a phone opens one at a time
       delete own[select.id];
-      const why = await turnOn("exact", select.id);
+      const why = await turnOn(select.id);
       if (own[select.id]) own[select.id].enabled = enabled;
       if (joined) show(status.textContent, why);
       if (joined) showOwn();

@@ -34,7 +34,7 @@ from test_media import LIMIT, chromium, fixture, free_port, running, unable
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.page]
 DENIED = "Permission denied."  # in Chromium's words
 FLAGS = [
-    "--use-fake-device-for-media-stream=device-count=2",
+    "--use-fake-device-for-media-stream=device-count=3",  # the second has no colours
     # A connection over the loopback alone, where there is no other network.
     "--allow-loopback-in-peer-connection",
 ]
