@@ -13,10 +13,15 @@ the receiving end.
 """
 
 import asyncio
+import hashlib
+import hmac
 import importlib.util
+import ipaddress
 import itertools
 import os
+import re
 import shutil
+import struct
 import sys
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator
@@ -29,7 +34,9 @@ import pytest_asyncio
 from aiohttp import ClientSession
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Locator, Page, expect
-from test_media import LIMIT, chromium, fixture, free_port, running, unable
+from test_media import LIMIT, chromium, fixture, free_port, running
+
+from test_chat import program, unable
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.page]
 DENIED = "Permission denied."  # in Chromium's words
@@ -722,19 +729,31 @@ async def test_where_browsers_give_no_camera_the_page_says_so_and_one_can_listen
 # Relays
 
 
+def readme(marker: str) -> str:
+    """Return the indented block of the README that has `marker` in it."""
+    text = (Path(__file__).parent / "README.md").read_text("utf-8")
+    blocks = re.findall(r"^(?: {4}.*\n|\n(?= {4}))+", text, re.MULTILINE)
+    [block] = [block for block in blocks if marker in block]
+    return re.sub("^ {4}", "", block, flags=re.MULTILINE)
+
+
 @asynccontextmanager
-async def relaying(secret: str) -> AsyncIterator[int]:
-    """Run coturn on the loopback alone until the end of the block; yield its port."""
-    path = shutil.which("turnserver") or unable("a relay: apt install coturn")
-    port = free_port()
-    options = (
-        f"-n --use-auth-secret --static-auth-secret={secret} --realm=chat.example"
-        f" --listening-ip=127.0.0.1 --relay-ip=127.0.0.1 --listening-port={port}"
-        " --allow-loopback-peers --cli-password=unused --no-cli --no-tls --no-dtls"
-        " --log-file=stdout --pidfile="
-    )
+async def relaying(folder: Path) -> AsyncIterator[int]:
+    """Run coturn as the README says, on the loopback; yield its port.
+
+    Two pages on one machine reach each other at its address, so this one is allowed.
+    """
+    path, port = program("turnserver", "coturn"), free_port()
+    own = f"""
+        listening-ip=127.0.0.1\nrelay-ip=127.0.0.1\nlistening-port={port}
+        allow-loopback-peers\nallowed-peer-ip=127.0.0.1
+        cli-password=unused\nlog-file=stdout\npidfile={folder}/pid\nuserdb={folder}/db"""
+    if Path("/proc/net/if_inet6").exists():
+        own += "\nrelay-ip=::1"
+    config = folder / "turnserver.conf"
+    config.write_text(readme("use-auth-secret") + own.replace("        ", ""))
     process = await asyncio.create_subprocess_exec(
-        path, *options.split(), os.devnull, stdout=DEVNULL, stderr=DEVNULL
+        path, "-c", str(config), stdout=DEVNULL, stderr=DEVNULL
     )
     try:
         async with asyncio.timeout(LIMIT):
@@ -751,22 +770,141 @@ async def relaying(secret: str) -> AsyncIterator[int]:
         await process.wait()
 
 
-async def test_a_call_goes_through_coturn_with_relays_only(browser):
-    port = free_port()
-    pair = """async () => {
+@asynccontextmanager
+async def with_relay(folder: Path) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Yield the address of a call that was begun in the room, and its relay."""
+    async with relaying(folder) as relay:
+        port = free_port()
+        ice = f"--ice=turn:127.0.0.1:{relay}?secret=north"
+        async with running(port, ice), ClientSession() as http:
+            here, who = f"http://localhost:{port}", "user=John&key=k"
+            async with http.ws_connect(f"{here}/ws?{who}"):
+                begun = await http.post(f"{here}/call?{who}")
+                url = here + await begun.text()
+            ws = await http.ws_connect(f"{url}/ws?user=John&key=k")
+            [server] = (await ws.receive_json(timeout=LIMIT))["ice"]
+            await ws.close()
+            yield url, server | {"port": relay}
+
+
+async def test_a_call_goes_through_coturn_with_relays_only(browser, tmp_path):
+    pair = """(async () => {
       const reports = [...(await connections[0].getStats()).values()];
       const { selectedCandidatePairId } = reports.find((r) => r.type === "transport");
       const pair = reports.find((r) => r.id === selectedCandidatePairId);
       return ["localCandidateId", "remoteCandidateId"].map((end) =>
         reports.find((r) => r.id === pair[end]).candidateType);
-    }"""
-    async with relaying("north") as relay:
-        ice = f"turn:127.0.0.1:{relay}?secret=north"
-        async with running(port, "--ice", ice):
-            script = "window.forced = { iceTransportPolicy: 'relay' };"
-            url = f"http://localhost:{port}{CALL}"
-            for page in await join_both(browser, url, script=script):
-                assert await page.evaluate(pair) == ["relay", "relay"]
+    })()"""
+    async with with_relay(tmp_path) as (url, _):
+        script = "window.forced = { iceTransportPolicy: 'relay' };"
+        for page in await join_both(browser, url, script=script):
+            assert await page.evaluate(pair) == ["relay", "relay"]
+
+
+ALLOCATE, PERMIT = 3, 8  # RFC 8656
+UDP, TCP, IPV4, IPV6 = 17, 6, 1, 2
+
+
+class Turn:
+    """A client of a relay that asks for what a page is never asked to ask for."""
+
+    def __init__(self, server: dict[str, Any]) -> None:
+        self.server, self.known = server, b""
+
+    async def ask(self, method: int, *attributes: tuple[int, bytes]) -> int:
+        """Return the code of the error that is answered, or 0."""
+        body = b"".join(self.attribute(*it) for it in attributes) + self.known
+        size = len(body) + 24 * bool(self.known)
+        message = struct.pack(">HHI", method, size, 0x2112A442) + bytes(12) + body
+        if self.known:
+            name, password = self.server["username"], self.server["credential"]
+            key = hashlib.md5(f"{name}:turn.example.com:{password}".encode()).digest()
+            message += self.attribute(8, hmac.digest(key, message, "sha1"))
+        self.writer.write(message)
+        async with asyncio.timeout(LIMIT):
+            head = await self.reader.readexactly(20)
+            kind, size = struct.unpack(">HH", head[:4])
+            body = await self.reader.readexactly(size)
+        answer = {}
+        while body:
+            name, size = struct.unpack(">HH", body[:4])
+            answer[name], body = body[4 : 4 + size], body[4 + size + -size % 4 :]
+        if 0x15 in answer:  # a nonce, to sign with
+            known = (6, self.server["username"].encode()), (0x14, b"turn.example.com")
+            self.known = b"".join(
+                self.attribute(*it) for it in (*known, (0x15, answer[0x15]))
+            )
+        error = answer.get(9, bytes(4))
+        assert bool(kind & 0x10) == bool(error[2])
+        return error[2] * 100 + error[3]
+
+    @staticmethod
+    def attribute(kind: int, value: bytes) -> bytes:
+        return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
+
+    async def allocate(self, transport: int = UDP, family: int = IPV4) -> int:
+        """Connect, and ask for an address to relay from."""
+        self.reader, self.writer = await asyncio.open_connection(
+            "127.0.0.1", self.server["port"]
+        )
+        wish = (0x19, bytes([transport, 0, 0, 0])), (0x17, bytes([family, 0, 0, 0]))
+        assert await self.ask(ALLOCATE, *wish) == 401  # and now with its nonce:
+        return await self.ask(ALLOCATE, *wish)
+
+    async def permit(self, address: str) -> int:
+        """Ask to relay to `address`."""
+        peer = ipaddress.ip_address(address)
+        mask = (0x2112A442 << 96).to_bytes(16)
+        xored = bytes(a ^ b for a, b in zip(peer.packed, mask, strict=False))
+        family = IPV4 if peer.version == 4 else IPV6
+        return await self.ask(PERMIT, (0x12, bytes([0, family, 0x21, 0x12]) + xored))
+
+
+async def test_coturn_as_in_the_readme_relays_to_no_inner_address_and_has_quotas(
+    tmp_path,
+):
+    async with with_relay(tmp_path) as (_, server):
+        turn = Turn(server)
+        assert await turn.allocate() == 0
+        inner = """0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.2/31 169.254.0.0/16
+            172.16.0.0/12 192.0.0.0/24 192.168.0.0/16 198.18.0.0/15 224.0.0.0/4 240.0.0.0/4"""
+        for network in map(ipaddress.ip_network, inner.split()):
+            for address in network[0], network[-1]:
+                assert (address, await turn.permit(str(address))) == (address, 403)
+        for address in [
+            "1.0.0.0",
+            "9.255.255.255",
+            "11.0.0.0",
+            "100.63.255.255",
+            "100.128.0.0",
+            "169.253.255.255",
+            "172.15.255.255",
+            "172.32.0.0",
+            "192.0.1.0",
+            "198.17.255.255",
+            "198.20.0.0",
+            "223.255.255.255",
+        ]:
+            assert (address, await turn.permit(address)) == (address, 0)
+        six = Turn(server)
+        if await six.allocate(family=IPV6) == 0:
+            for address in [
+                "::1",
+                "::ffff:10.0.0.1",
+                "fc00::",
+                "fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+                "fe80::",
+                "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+                "ff02::1",
+            ]:
+                assert (address, await six.permit(address)) == (address, 403)
+            assert await six.permit("2600::1") == 0
+        assert (
+            await Turn(server).allocate(transport=TCP) == 442
+        )  # no connections inside
+        assert await Turn(server | {"credential": "a"}).allocate() == 401
+        turns = [Turn(server) for _ in range(20)]  # with the two above, 22
+        assert [await turn.allocate() for turn in turns] == [0] * 18 + [486] * 2
 
 
 # The page
@@ -783,6 +921,11 @@ async def test_it_works_by_keyboard_alone_and_the_name_is_remembered(browser, ur
         await page.keyboard.press("Space")
         await expect(button(page, name)).to_have_attribute("aria-pressed", "true")
         await page.keyboard.press("Tab")
+    await expect(page.locator("summary")).to_be_focused()
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_label("Microphone")).to_be_visible()
+    await page.keyboard.press("Enter")
+    await page.keyboard.press("Tab")
     await expect(button(page, "Leave")).to_be_focused()
     await page.keyboard.press("Enter")
     await expect(status(page)).to_have_text("Not in the call")

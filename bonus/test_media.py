@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote, unquote
 
 import media
@@ -41,6 +41,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Locator, Page, async_playwright, expect
 from yarl import URL
+
+from test_chat import unable
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # a browser starts slowly
 on_page = pytest.mark.page
@@ -829,11 +831,6 @@ async def test_a_member_who_does_not_read_is_let_go_and_stalls_nobody(
 # The page, in Chromium
 
 
-def unable(missing: str) -> NoReturn:
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"this test needs {missing}")
-    raise AssertionError
-
-
 @asynccontextmanager
 async def chromium(*arguments: str) -> AsyncIterator[Browser]:
     """Playwright's own Chromium if it is there, else what the machine has."""
@@ -847,7 +844,7 @@ async def chromium(*arguments: str) -> AsyncIterator[Browser]:
                 yield browser
                 await browser.close()
                 return
-    unable("a browser: apt install chromium, or playwright install")
+    unable("there is no browser: apt install chromium, or playwright install")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
