@@ -406,7 +406,7 @@ class Tile {
   }
 
   show(signs, dark) {
-    const text = Object.keys(signs).filter((sign) => signs[sign]).map((sign) => ` · ${sign}`).join("");
+    const text = Object.keys(signs).filter((sign) => signs[sign]).join(" · ");
     if (this.signs.textContent !== text) this.signs.textContent = text;
     this.item.classList.toggle("speaking", Boolean(signs.speaking));
     this.item.classList.toggle("dark", Boolean(dark));
