@@ -175,5 +175,5 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
 def add_to(app: web.Application, servers: Servers) -> None:
     """Give the application of a chat its calls."""
     app[CALLS], app[ICE] = {}, servers
-    app.router.add_post("/call", begin)
+    app.router.add_post("/calls", begin)
     app.router.add_get("/call/{id}/ws", signalling, allow_head=False)

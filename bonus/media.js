@@ -126,7 +126,7 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 async function call() {
   if (send.disabled) return complainOf("Log in first: calls are for who is in the room");
   const request = new XMLHttpRequest();
-  await post(request, "call");
+  await post(request, "calls");
   if (request.status !== 201) return complainOf(request.responseText || "The server does not answer");
   const { href } = new URL(`.${request.responseText}`, location);
   say(href);

@@ -19,7 +19,6 @@ import importlib.util
 import ipaddress
 import itertools
 import os
-import re
 import shutil
 import struct
 import sys
@@ -34,7 +33,7 @@ import pytest_asyncio
 from aiohttp import ClientSession
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Locator, Page, expect
-from test_media import LIMIT, chromium, fixture, free_port, running
+from test_media import LIMIT, chromium, fixture, free_port, readme, running
 
 from test_chat import program, unable
 
@@ -729,14 +728,6 @@ async def test_where_browsers_give_no_camera_the_page_says_so_and_one_can_listen
 # Relays
 
 
-def readme(marker: str) -> str:
-    """Return the indented block of the README that has `marker` in it."""
-    text = (Path(__file__).parent / "README.md").read_text("utf-8")
-    blocks = re.findall(r"^(?: {4}.*\n|\n(?= {4}))+", text, re.MULTILINE)
-    [block] = [block for block in blocks if marker in block]
-    return re.sub("^ {4}", "", block, flags=re.MULTILINE)
-
-
 @asynccontextmanager
 async def relaying(folder: Path) -> AsyncIterator[int]:
     """Run coturn as the README says, on the loopback; yield its port.
@@ -779,7 +770,7 @@ async def with_relay(folder: Path) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         async with running(port, ice), ClientSession() as http:
             here, who = f"http://localhost:{port}", "user=John&key=k"
             async with http.ws_connect(f"{here}/ws?{who}"):
-                begun = await http.post(f"{here}/call?{who}")
+                begun = await http.post(f"{here}/calls?{who}")
                 url = here + await begun.text()
             ws = await http.ws_connect(f"{url}/ws?user=John&key=k")
             [server] = (await ws.receive_json(timeout=LIMIT))["ice"]

@@ -23,7 +23,7 @@ import struct
 import sys
 import time
 import wave
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from io import FileIO
@@ -42,7 +42,7 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Locator, Page, async_playwright, expect
 from yarl import URL
 
-from test_chat import unable
+from test_chat import program, unable
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # a browser starts slowly
 on_page = pytest.mark.page
@@ -763,7 +763,7 @@ async def test_the_pages_of_other_sites_may_not_join(client):
 
 async def begin(client: Chat, **query: str) -> str:
     """Return the ID of a new call, or the status and the reason of a refusal."""
-    response = await client.post("/call", params={"user": "Jack", "key": "k"} | query)
+    response = await client.post("/calls", params={"user": "Jack", "key": "k"} | query)
     text = await response.text()
     if response.status == 201:
         return text.removeprefix("/call/")
@@ -826,6 +826,100 @@ async def test_a_member_who_does_not_read_is_let_go_and_stalls_nobody(
     for task in floods:
         task.cancel()
     writer.close()
+
+
+# In several processes
+
+
+def readme(marker: str) -> str:
+    """Return the indented block of the README that has `marker` in it."""
+    text = (HERE / "README.md").read_text("utf-8")
+    blocks = re.findall(r"^(?: {4}.*\n|\n(?= {4}))+", text, re.MULTILINE)
+    [block] = [block for block in blocks if marker in block]
+    return re.sub("^ {4}", "", block, flags=re.MULTILINE)
+
+
+@asynccontextmanager
+async def process(ready: str, *command: str) -> AsyncIterator[None]:
+    """Run a program until the end of the block, which begins when it says `ready`."""
+    output = {"stdout": PIPE, "stderr": STDOUT}
+    running = await asyncio.create_subprocess_exec(*command, **output)
+    try:
+        assert running.stdout
+        async with asyncio.timeout(LIMIT):
+            while ready not in (await running.stdout.readline()).decode():
+                assert running.returncode is None
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            running.terminate()
+        await running.communicate()
+
+
+NGINX = """
+daemon off; pid {folder}/pid; error_log stderr notice; events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/1; proxy_temp_path {folder}/2;
+    fastcgi_temp_path {folder}/3; uwsgi_temp_path {folder}/4; scgi_temp_path {folder}/5;
+{servers}
+}}
+"""
+
+
+async def test_two_processes_behind_nginx_have_one_room_one_folder_and_calls_that_meet(
+    folder, tmp_path
+):
+    pytest.importorskip("redis")
+    ports = [free_port() for _ in range(4)]
+    first, second, redis, port = map(str, ports)
+    inner = readme("client_max_body_size") + readme("location /call/")
+    servers = readme("hash $uri") + readme("upstream chat").replace(
+        "listen 80;", f"listen 127.0.0.1:{port};" + inner
+    )
+    servers = servers.replace("8081", first).replace("8082", second)
+    configuration = tmp_path / "nginx.conf"
+    configuration.write_text(NGINX.format(folder=tmp_path, servers=servers))
+    store = [program("redis-server"), "--port", redis, "--save", ""]
+    proxy = [program("nginx"), "-c", str(configuration), "-e", "stderr"]
+    options = ("--redis", f"redis://127.0.0.1:{redis}", "--files", str(folder))
+    url = f"http://127.0.0.1:{port}"
+    async with (
+        process("Ready to accept", *store),
+        running(ports[0], *options),
+        running(ports[1], *options),
+        process("start worker", *proxy),
+        ClientSession() as http,
+        http.ws_connect(f"{url}/ws?user=Jack&key=k.1"),
+        http.ws_connect(f"{url}/ws?user=Jill&key=l"),
+    ):
+        body = os.urandom(2 * MEBIBYTE)
+        query = "user=Jack&key=k&name=cat.png"
+        for _ in range(4):  # at both processes, by turns
+            answer = await http.post(f"{url}/files?{query}", data=body)
+            assert answer.status == 201
+            path = await answer.text()
+            for at in ports[:2]:
+                got = await http.get(f"http://127.0.0.1:{at}{path}")
+                assert await got.read() == body
+        assert (
+            await http.post(f"{url}/files?{query}x".replace("=k", "=l"))
+        ).status == 403
+        assert len(stored(folder)) == 4
+        for _ in range(6):
+            call = url + await (await http.post(f"{url}/calls?{query}")).text()
+            members = [
+                await http.ws_connect(f"{call}/ws?user={name}&key={name}")
+                for name in ("Jack", "Jill", "John")
+            ]
+            for member in members:
+                while len((await told(member))["members"]) < 3:
+                    pass
+
+
+async def test_several_processes_need_a_folder_that_they_share():
+    error = "media.py: error: --redis needs --files, a folder that all processes share"
+    assert await failure("--redis", "redis://localhost") == (2, error)
 
 
 # The page, in Chromium
