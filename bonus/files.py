@@ -16,7 +16,7 @@ import secrets
 import stat
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import FileIO
@@ -36,16 +36,14 @@ PATIENCE, SLOWEST = 30, 2**15  # seconds for a transfer, and bytes that give it 
 OWN = re.compile(r"[\w-]{16}([\w-]{8})\.chat-(file|part)", re.ASCII)
 SHOWN = re.compile(r"image/(?!svg)|audio/|video/|text/plain")  # all else is downloaded
 
-for kind, suffixes in {  # what is not in the table of every Python
-    "image/jpeg": [".jfif"],
-    "audio/flac": [".flac"],
-    "audio/mp4": [".m4a"],
-    "audio/ogg": [".oga", ".ogg", ".opus"],
-    "video/mp4": [".m4v"],
-    "video/ogg": [".ogv"],
-}.items():
-    for suffix in suffixes:
-        mimetypes.add_type(kind, suffix)
+mimetypes.add_type("image/jpeg", ".jfif")  # these are not in every Python's table
+mimetypes.add_type("audio/flac", ".flac")
+mimetypes.add_type("audio/mp4", ".m4a")
+mimetypes.add_type("audio/ogg", ".oga")
+mimetypes.add_type("audio/ogg", ".ogg")
+mimetypes.add_type("audio/ogg", ".opus")
+mimetypes.add_type("video/mp4", ".m4v")
+mimetypes.add_type("video/ogg", ".ogv")
 
 
 def hold(file: FileIO, alone: bool = True) -> None:
@@ -72,12 +70,12 @@ class Files:
     """The files in `folder`; at most so many bytes each, and in all."""
 
     def __init__(self, folder: Path, max_file: int, max_total: int) -> None:
-        self.folder, self.max_file, self.max_total = folder, max_file, max_total
+        self.folder, self.max_total = folder, max_total
+        self.max_file = min(max_file, max_total)
         self.lock = asyncio.Lock()  # of what follows, and of the disk
         self.total = 0  # bytes of all files, those that come included, and their COST
         # Of complete ones: COST and size, and path; by owner, and the oldest first.
         self.stored: dict[str, deque[tuple[int, Path]]] = {}
-        self.used = Counter[str]()  # the sum of each owner's
         self.next_survey = 0.0  # by time.monotonic()
         for entry in self.own():
             if entry.name.endswith("part"):
@@ -123,18 +121,26 @@ class Files:
         """Return a new file, open and held."""
         self.folder.mkdir(0o700, exist_ok=True)  # somebody may have cleaned up
         self.make_room(COST, owner)
-        part: FileIO = self.on_disk(owner, FileIO, path, "x")
+        part = FileIO(path, "x")
         hold(part)
         self.total += COST
         return part
 
     def append(self, part: FileIO, chunk: bytes, owner: str) -> None:
-        """Write the next bytes of a file that comes."""
+        """Write the next bytes of a file that comes; on a full disk files go, if that helps."""
         self.make_room(len(chunk), owner)
+        freed = 0
         while chunk:
-            written = self.on_disk(owner, part.write, chunk)
-            self.total += written
-            chunk = chunk[written:]
+            try:
+                written = part.write(chunk)
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not full or freed > 2**20 or not self.stored:
+                    raise
+                freed += self.delete_oldest(owner)
+            else:
+                self.total += written
+                chunk = chunk[written:]
 
     def give_up(self, path: Path) -> None:
         """Delete what came."""
@@ -151,7 +157,6 @@ class Files:
     def store(self, owner: str, size: int, path: Path) -> None:
         """Note the newest file of `owner`."""
         self.stored.setdefault(owner, deque()).append((size, path))
-        self.used[owner] += size
 
     def make_room(self, size: int, owner: str) -> None:
         """See to it that `size` bytes more are within the quota."""
@@ -160,18 +165,6 @@ class Files:
         while self.total + size > self.max_total:
             self.delete_oldest(owner)
 
-    def on_disk(self, owner: str, act: Callable[..., Any], *args: Any) -> Any:
-        """Do something that needs room on the disk; on a full one files go, if that helps."""
-        freed = 0
-        while True:
-            try:
-                return act(*args)
-            except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                if not full or freed > 2**20 or not self.stored:
-                    raise
-            freed += self.delete_oldest(owner)
-
     def delete_oldest(self, owner: str) -> int:
         """Delete the oldest file of `owner`, else of who has the most; return its bytes.
 
@@ -179,9 +172,11 @@ class Files:
         """
         while self.stored:
             if owner not in self.stored:
-                owner = max(self.stored, key=self.used.__getitem__)
+                used = {
+                    who: sum(size for size, _ in f) for who, f in self.stored.items()
+                }
+                owner = max(used, key=used.__getitem__)
             size, path = self.stored[owner].popleft()
-            self.used[owner] -= size
             if not self.stored[owner]:
                 del self.stored[owner]
             if delete(path):  # else it is being read, and goes on counting
@@ -199,7 +194,7 @@ class Files:
                 self.total += size
                 if entry.name.endswith("file"):
                     found.append((status.st_mtime, size, Path(entry)))
-        self.stored, self.used = {}, Counter()
+        self.stored = {}
         for _, size, path in sorted(found):
             self.store(path.stem[-8:], size, path)
         # The more there is, the longer it takes, and the rarer it is done.
@@ -235,7 +230,7 @@ async def upload(request: web.Request) -> web.Response:
         raise web.HTTPForbidden(text="Log in first: files are for who is in the room")
     if (size := request.content_length) is None:
         raise web.HTTPLengthRequired(text="The size of the file is missing")
-    if size > min(files.max_file, files.max_total):
+    if size > files.max_file:
         text = f"The file is too large: {files.max_file / 2**20:g} MiB at most"
         raise web.HTTPRequestEntityTooLarge(files.max_file, text=text)
     try:

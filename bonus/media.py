@@ -23,11 +23,11 @@ import files
 
 import chat
 
+CHAT = HERE.parent / "chat.html"
 POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none';
   connect-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline';
   img-src 'self' data:; media-src 'self'; base-uri 'none'; form-action 'none';
   require-trusted-types-for 'script'; trusted-types 'none'">"""
-MAX_FILE = web.AppKey("max_file", int)
 
 
 def put(text: str, place: str, page: str) -> str:
@@ -47,8 +47,7 @@ def chat_page(page: str, max_file: int) -> str:
 
 def call_page() -> str:
     """Return call.html with the colours of chat.html."""
-    page = (HERE.parent / "chat.html").read_text("utf-8")
-    colours = re.search(r":root \{.*?\n\}", page, re.DOTALL)
+    colours = re.search(r":root \{.*?\n\}", CHAT.read_text("utf-8"), re.DOTALL)
     if not colours:
         raise ValueError("chat.html has no colours, :root { … }")
     return put(colours[0], r"/\* colours \*/", (HERE / "call.html").read_text("utf-8"))
@@ -59,9 +58,9 @@ async def add_script(request: web.Request, handler: Handler) -> web.StreamRespon
     """Add media.js to the page. The lists of users have the same address, but no place."""
     response = await handler(request)
     if isinstance(response, web.Response) and response.content_type == "text/html":
-        text = response.text or ""
-        is_page = "<!-- scripts -->" in text
-        response.text = chat_page(text, request.app[MAX_FILE]) if is_page else text
+        page, max_file = response.text or "", request.app[files.FILES].max_file
+        is_page = "<!-- scripts -->" in page
+        response.text = chat_page(page, max_file) if is_page else page
     return response
 
 
@@ -77,9 +76,9 @@ def make_app(
     stored: files.Files, ice: calls.Servers, app: web.Application | None = None
 ) -> web.Application:
     """Return the chat, or that of cluster.py, with files and calls; or raise ValueError."""
-    app = app or chat.make_app()
-    app[MAX_FILE] = min(stored.max_file, stored.max_total)
-    chat_page((HERE.parent / "chat.html").read_text("utf-8"), 0), call_page()
+    app = chat.make_app() if app is None else app
+    chat_page(CHAT.read_text("utf-8"), 0)
+    call_page()
     app.middlewares.append(add_script)
     files.add_to(app, stored)
     calls.add_to(app, ice)
@@ -104,11 +103,10 @@ def main() -> None:
         parser.error("--redis needs --files, a folder that all processes share")
     with tempfile.TemporaryDirectory(prefix="chat-") as temporary:
         try:
-            folder, limits = (
-                Path(args.files or temporary),
-                (args.max_file, args.max_total),
+            limits = (
+                2**20 * mebibytes for mebibytes in (args.max_file, args.max_total)
             )
-            stored = files.Files(folder, *(2**20 * mebibytes for mebibytes in limits))
+            stored = files.Files(Path(args.files or temporary), *limits)
             app = None
             if args.redis:
                 import cluster  # needs redis-py, which nobody else does
