@@ -165,6 +165,7 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
     finally:
         if call.members.get(id) is member:
             del call.members[id]
+            call.names.pop(id, None)  # an answer tells of nobody who has left
             call.changed()
         if not call.members and calls.get(call_id) is call:
             del calls[call_id]

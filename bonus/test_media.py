@@ -663,6 +663,9 @@ async def test_a_question_is_answered_with_what_all_were_told(client):
     assert await told(jack) == {"id": JACK, "members": both, "ice": []}
     with pytest.raises(TimeoutError):
         await jill.receive(timeout=0.1)
+    await jill.close()
+    await jack.send_bytes(b"?")  # before all are told that Jill has left
+    assert (await told(jack))["members"] == {JACK: "Jack"}
 
 
 async def test_descriptions_and_candidates_reach_one_member_of_the_call(client):
@@ -1159,7 +1162,7 @@ async def test_markup_is_downloaded_and_runs_nothing(page, name):
 @on_page
 async def test_a_refusal_is_said_in_the_servers_words(page):
     asked = []
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda it: it.method == "POST" and asked.append(it.url))
     await pick(page, ("film.bin", bytes(MEBIBYTE + 1)))
     alert = uploads(page).get_by_role("alert")
     await expect(alert).to_have_text("film.bin: The file is too large: 1 MiB at most")
