@@ -101,10 +101,8 @@ class Call:
 
     def tell(self, id: str, said: object) -> None:
         """Send `said`, as JSON, and wait for nobody; or raise ValueError: NaN is none."""
-        # Escapes for what is not ASCII, and blanks, might make it longer than 64 KiB.
-        text = json.dumps(
-            said, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        ).encode()
+        # With escapes for what is not ASCII, it might be longer than 64 KiB.
+        text = json.dumps(said, ensure_ascii=False, allow_nan=False).encode()
         member = self.members.get(id)
         if member is None:
             return
