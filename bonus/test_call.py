@@ -336,6 +336,35 @@ async def test_chromium_and_firefox_see_and_hear_one_another(browser, fox, url):
     await expect(news(john).last).to_have_text("Jack left", timeout=5000)
 
 
+async def test_the_room_in_firefox_has_files_that_are_not_too_large_and_calls(
+    fox, tmp_path
+):
+    for name, size in ("film.bin", 2**20 + 1), ("song.bin", 5):
+        (tmp_path / name).write_bytes(bytes(size))
+    port = free_port()
+    async with running(port, "--max-file", "1"):
+        await fox.open(f"http://localhost:{port}")
+        await fox.run("document.querySelector('#name').value = 'Jill'")
+        await fox.press("#enter")
+        await until(fox, "document.querySelector('#status').textContent === 'Online'")
+        for name in "film.bin", "song.bin":
+            picker = fox.driver.find_element("css selector", "input[type=file]")
+            await asyncio.to_thread(picker.send_keys, str(tmp_path / name))
+        said = "film.bin: The file is too large: 1 MiB at most"
+        alert = "document.querySelector('#uploads [role=alert]').textContent"
+        await until(fox, f"{alert} === '{said}'")
+        await until(fox, "document.querySelector('#log a')?.textContent === 'song.bin'")
+        await fox.press("#extras button:last-child")
+        await until(fox, "document.querySelectorAll('#log a').length === 2")
+        link = "document.querySelectorAll('#log a')[1]"
+        assert await fox.evaluate(f"{link}.textContent") == "Join the call"
+        first, second = fox.driver.window_handles
+        fox.driver.switch_to.window(second)
+        assert "/call/" in fox.driver.current_url
+        fox.driver.close()
+        fox.driver.switch_to.window(first)
+
+
 async def test_who_comes_and_goes_is_announced_and_can_join_again(browser, url):
     jack, jill = await join_both(browser, url)
     await button(jill, "Leave").click()
