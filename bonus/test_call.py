@@ -572,6 +572,13 @@ class Way:
             writer.close()
 
 
+async def wait(page: Page, seconds: int) -> None:
+    """Put the clock of a page forward, and let the server answer once a second."""
+    for _ in range(seconds):
+        await page.clock.run_for(1000)
+        await page.evaluate("fetch('/?getUsers2=1').then((answer) => answer.text())")
+
+
 async def test_a_way_that_goes_dark_is_noticed_in_15_s_and_newcomers_are_met(
     browser, server, url
 ):
@@ -584,11 +591,7 @@ async def test_a_way_that_goes_dark_is_noticed_in_15_s_and_newcomers_are_met(
         await expect(status(jack)).to_have_text("In the call")
         jill = await join(browser, url, "Jill")
         await see(jack, "Jill")
-        for _ in range(10):  # seconds during which all is well, and it asks
-            await jack.clock.run_for(1000)
-            await jack.evaluate(
-                "fetch('/?getUsers2=1').then((answer) => answer.text())"
-            )
+        await wait(jack, 10)  # in which all is well, and it asks
         await expect(status(jack)).to_have_text("In the call")
         way.dark = True
         await jack.clock.run_for(15_000)
@@ -612,9 +615,9 @@ async def test_no_way_between_two_is_said_after_20_seconds_and_what_to_do(browse
     await enter(jack, "Jack")
     await join(browser, url, "Jill")
     await expect(tile(jack, "Jill")).to_contain_text("connecting …")
-    await jack.clock.run_for(19_000)
+    await wait(jack, 19)
     await expect(tile(jack, "Jill")).to_contain_text("connecting …")
-    await jack.clock.run_for(2000)
+    await wait(jack, 2)
     await expect(tile(jack, "Jill")).to_contain_text("no way found")
     await expect(alert(jack)).to_contain_text("No way to Jill was found")
     await expect(alert(jack)).to_contain_text("--ice")
