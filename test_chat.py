@@ -823,7 +823,7 @@ class TestProtocol:
 
 @pytest_asyncio.fixture
 async def watched():
-    """A chat's port, and for each user how much was written when how much was held."""
+    """A chat's port and room, and for each user how much was written when how much was held."""
     writes = defaultdict(list)
 
     @web.middleware
@@ -840,15 +840,23 @@ async def watched():
     app = chat.make_app()
     app.middlewares.append(watch)
     async with serving(app) as port:
-        yield port, writes
+        yield port, app[chat.ROOM], writes
 
 
 async def test_what_is_said_in_one_pass_leaves_in_one_write_a_user(watched):
-    port, writes = watched
+    port, room, writes = watched
     jill, jack = await login(port, "Jill", "Jack")
     writes.clear()
     jack.say(*["hello"] * 500)
     assert await jill.hear(500) == ["Jack: hello"] * 500
+    assert len(writes["Jill"]) < 5
+    writes.clear()
+    for i in range(
+        50
+    ):  # one in each pass: they do not leave before a pass brings nothing
+        await room.say(room.users["Jack"], str(i).encode())
+        await asyncio.sleep(0)
+    assert await jill.hear(50) == [f"Jack: {i}" for i in range(50)]
     assert len(writes["Jill"]) < 5
     writes.clear()
     others = [await Peer.login(port, str(i)) for i in range(20)]
@@ -859,7 +867,7 @@ async def test_what_is_said_in_one_pass_leaves_in_one_write_a_user(watched):
 
 
 async def test_to_who_reads_nothing_nothing_more_is_written_and_no_pong(watched):
-    port, writes = watched
+    port, room, writes = watched
     jill, jack = await login(port, "Jill", "Jack")
     jack.stall()
     await flood(jill, 8)
