@@ -208,7 +208,7 @@ class Room:
             self.flush()
         elif not self.waiting:
             self.waiting = True
-            asyncio.get_running_loop().call_soon(self.flush_when_quiet, self.last)
+            asyncio.get_running_loop().call_soon(self.flush_when_quiet, self.flushed)
 
     def flush_when_quiet(self, seen: int) -> None:
         """Flush in the first iteration of the event loop in which nothing was said.

@@ -867,7 +867,7 @@ async def test_what_is_said_in_one_pass_leaves_in_one_write_a_user(watched):
 
 
 async def test_to_who_reads_nothing_nothing_more_is_written_and_no_pong(watched):
-    port, room, writes = watched
+    port, _, writes = watched
     jill, jack = await login(port, "Jill", "Jack")
     jack.stall()
     await flood(jill, 8)
