@@ -5,18 +5,22 @@
 """The chat in a window of its own: the article's bonus program, for every desktop.
 
 `python bonus/desktop.py` talks to chat.py as the page does: the WebSocket /ws?user=NAME
-is the room, and /?getUsers2=1 lists who is in it.
+is the room, and /?getUsers2=1 lists who is in it. A user outlives the connection: one that
+is dead is given up, and what it lost, either way, is made up for.
 """
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
 import re
+import secrets
 import signal
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 
@@ -30,13 +34,15 @@ except ImportError:
 
 MAX_MESSAGE = 2**14  # bytes in a message, the server's limit
 KEPT = 1000  # messages; older ones go
+LAST = 50  # messages to begin with
 TICK = 30  # milliseconds between two looks at the news
 PORTION = 50_000  # characters drawn in a tick; each message counts 100 on top
 LONG_LINE = re.compile(".{5000}")  # Tk's time to wrap a line grows with its square
-ANSWER = aiohttp.ClientTimeout(10)  # seconds for the server to answer a request ...
-CLOSE = 1  # ... and a close
-HEARTBEAT = 25  # seconds of silence before a ping; its pong has half as long
+SILENCE = 20  # seconds without a word, after which to ask whether there is a connection
+PATIENCE = 8  # seconds for an answer: 8 do on a line of 16 kbit/s, 5 do not
+CLOSE = 1  # seconds for the answer to a close
 FIRST_PAUSE, LAST_PAUSE = 1, 10  # seconds before coming back, doubled each time
+HERE = re.compile(r"\{\{Here (\d+)}}")
 FOR_GOOD = (1000, 1002, 1007, 1009)  # close codes after which not to come back
 COLORS = ("navy", "red4", "darkgreen", "purple3", "sienna4", "teal", "maroon4", "black")
 WHY = {  # there is no connection, in plain words
@@ -48,77 +54,165 @@ WHY = {  # there is no connection, in plain words
 }
 
 
+class Refused(aiohttp.ClientError):
+    """The chat itself, and nothing between, does not let one in."""
+
+
 class Stay:
     """One stay in the room, from Login to Log off, in the network's thread.
 
     Tk and asyncio both want to run the thread they are in, so each has its own, and there
     is one way between the two: the window gives asyncio's loop these methods to run, and
     they put methods of the window into `news`, which it runs when it has time. Neither
-    waits for the other, and nobody reads the news of a stay that is over.
+    waits for the other, and nobody reads the news of a stay that is over. Only `unheard`
+    is touched by both: the window appends to it, which no thread can see half done.
     """
 
     http: aiohttp.ClientSession
     socket: aiohttp.ClientWebSocketResponse | None = None
+    limit: asyncio.Timeout  # when it passes, the connection is given up
 
     def __init__(self, window: "Window", url: str, user: str) -> None:
         self.window = window
         self.url = url
-        self.user = user
+        self.user = user.strip()  # as it stands before one's own words
+        self.number = window.number  # of the last message heard
+        self.unheard: list[str] = []  # said at the window, and not heard back
+        self.sent = 0  # of the unheard texts, those that this connection has taken
+        self.online = False  # connected, and all that was missed has come
+        self.pause = 0  # seconds; while there is none, there is no coming back
         self.news: deque[tuple[Any, ...]] = deque()  # method, arguments
         self.users_changed = asyncio.Event()
         self.running = asyncio.run_coroutine_threadsafe(self.run(), window.loop)
 
     async def run(self) -> None:
         """Be in the room, and come back to it, until refused or let go for good."""
-        pause = 0  # seconds; while there is none, there is no coming back
-        async with aiohttp.ClientSession(timeout=ANSWER) as self.http:
-            while True:
-                try:
-                    await self.enter()
-                    pause = FIRST_PAUSE
-                    for_good, reason = await self.listen()
-                except (aiohttp.ClientError, OSError, ValueError) as error:
-                    for_good, reason = False, WHY.get(type(error), str(error))
-                if for_good or not pause:
-                    return self.news.append((self.window.leave, reason))
-                wait = pause * random.uniform(0.5, 1)
-                reason += f"; trying again in {wait:.0f} s"
-                self.news.append((self.window.show, False, reason))
-                await asyncio.sleep(wait)
-                pause = min(2 * pause, LAST_PAUSE)
+        while True:
+            for_good, reason = await self.connect()
+            if for_good or not self.pause:
+                return self.news.append((self.window.leave, reason))
+            wait = self.pause * random.uniform(0.5, 1)
+            reason += f"; trying again in {wait:.0f} s"
+            self.news.append((self.window.show, False, reason))
+            await asyncio.sleep(wait)
+            self.pause = min(2 * self.pause, LAST_PAUSE)
 
-    async def enter(self) -> None:
-        """Open the socket; raise a ClientError with the server's words if refused."""
-        url, query = f"{self.url}/ws", {"user": self.user}
-        connect = self.http.ws_connect(url, params=query, heartbeat=HEARTBEAT)
+    async def connect(self) -> tuple[bool, str]:
+        """Be in the room over one connection; return whether it is for good, and why."""
+        patience = aiohttp.ClientTimeout(PATIENCE)
         try:
-            self.socket = await connect
+            # Each has a session, whose end is that of all its connections, dead ones too.
+            async with aiohttp.ClientSession(timeout=patience) as self.http:
+                self.socket = await self.enter()
+                self.pause = FIRST_PAUSE
+                async with asyncio.timeout(PATIENCE) as self.limit:
+                    return await self.listen(self.socket)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return isinstance(error, Refused), WHY.get(type(error), str(error))
+
+    async def enter(self) -> aiohttp.ClientWebSocketResponse:
+        """Open the socket; raise a ClientError with the server's words if refused.
+
+        Who has the key is this user, and takes the name over from a connection that the
+        server still believes in. A login that was given up may arrive late, but then its
+        turn is over.
+        """
+        key = f"{self.window.key}.{next(self.window.turns)}"
+        query = {"user": self.user, "key": key, "after": str(self.number)}
+        try:
+            return await self.http.ws_connect(f"{self.url}/ws", params=query)
         except aiohttp.WSServerHandshakeError as refusal:
-            async with self.http.get(url, params=query) as answer:
+            async with self.http.get(f"{self.url}/ws", params=query) as answer:
                 plain = answer.content_type == "text/plain"
                 words = await answer.text() if plain else answer.reason
+                # All else is a proxy's, while the server starts anew.
+                if plain and answer.status in (400, 403, 409):
+                    raise Refused(words) from refusal
                 raise aiohttp.ClientError(words) from refusal
 
-    async def listen(self) -> tuple[bool, str]:
+    async def listen(self, socket: aiohttp.ClientWebSocketResponse) -> tuple[bool, str]:
         """Bring what is said; return whether the socket is gone for good, and why."""
-        assert self.socket
-        self.news.append((self.window.show, True))
         users = asyncio.create_task(self.list_users())
+        welcomed = False  # the first Here is no answer
         try:
+            await self.ask(socket)  # is answered after all that was missed
             while True:
-                message = await self.socket.receive()
-                if message.data == "{{RefreshUsers}}":
-                    self.users_changed.set()
-                elif message.type is aiohttp.WSMsgType.TEXT:
-                    heard = time.strftime("%H:%M"), message.data
-                    self.news.append((self.window.heard.append, heard))
-                elif message.type is aiohttp.WSMsgType.CLOSE:
+                try:
+                    message = await socket.receive(SILENCE)
+                except TimeoutError:
+                    await self.ask(socket)
+                    continue
+                if message.type is aiohttp.WSMsgType.CLOSE:
                     why = f"Closed by the server: {message.extra or message.data}"
                     return message.data in FOR_GOOD, why
-                elif message.type is not aiohttp.WSMsgType.BINARY:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    continue
+                if message.type is aiohttp.WSMsgType.CLOSING:
+                    await asyncio.Event().wait()  # until close() has logged off
+                if message.type is not aiohttp.WSMsgType.TEXT:
                     return False, "The connection was lost"
+                if message.data == "{{RefreshUsers}}":
+                    self.users_changed.set()
+                elif here := HERE.fullmatch(message.data):
+                    if int(here[1]) != self.number:
+                        self.skip(int(here[1]))
+                    elif welcomed and not self.online:
+                        await self.catch_up()
+                    welcomed = True
+                else:
+                    self.hear(message.data)
+                if not (self.online and self.unheard):
+                    self.limit.reschedule(None)
         finally:
+            self.online = False
             users.cancel()
+
+    def expect(self) -> None:
+        """Give the connection up if what is expected has not come in time."""
+        self.limit.reschedule(self.window.loop.time() + PATIENCE)
+
+    async def ask(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        """Ask with a binary frame; {{Here N}} comes back, after all that was said."""
+        self.expect()
+        await socket.send_bytes(b"")
+
+    def hear(self, message: str) -> None:
+        """Bring a message, with its time unless it was missed: then nobody knows it."""
+        self.number += 1
+        if self.unheard and message == f"{self.user}: {self.unheard[0]}":
+            self.unheard.pop(0)
+            self.sent = max(0, self.sent - 1)
+            if self.online and self.unheard:
+                self.expect()  # others' words do not count: they come by another way
+        when = time.strftime("%H:%M") if self.online else ""
+        self.news.append((self.window.hear, self.number, when, message))
+
+    def skip(self, number: int) -> None:
+        """Go on from a number that is not the next: what is between is no longer kept."""
+        texts = []  # which may have been said there
+        while self.unheard:
+            texts.append(self.unheard.pop(0))
+        self.sent = 0
+        if self.number >= 0:  # it is not the first login
+            self.news.append((self.window.miss, number, texts))
+        self.number = number
+
+    async def catch_up(self) -> None:
+        """Be online: what is still unheard now was not said, and is said again."""
+        self.online, self.sent = True, 0
+        self.news.append((self.window.show, True))
+        self.users_changed.set()  # of who comes back, the server tells nobody
+        await self.talk()
+
+    async def talk(self) -> None:
+        """Say what this connection has not taken yet."""
+        with suppress(ConnectionError):  # then it is said by the next one
+            while self.online and self.socket and self.sent < len(self.unheard):
+                text = self.unheard[self.sent]
+                self.sent += 1
+                if self.sent == 1:
+                    self.expect()
+                await self.socket.send_str(text)
 
     async def list_users(self) -> None:
         """Bring the users after each notice, by one request at a time."""
@@ -132,14 +226,6 @@ class Stay:
             except (aiohttp.ClientError, OSError):
                 await asyncio.sleep(FIRST_PAUSE)
                 self.users_changed.set()
-
-    async def say(self, text: str) -> None:
-        """Say `text`; if the connection is gone, put it back into the draft."""
-        assert self.socket
-        try:
-            await self.socket.send_str(text)
-        except ConnectionError:
-            self.news.append((self.window.draft.insert, "1.0", text))
 
     async def close(self) -> None:
         """Close as is proper, but do not wait long for the server's answer."""
@@ -155,6 +241,10 @@ class Window(tk.Tk):
     def __init__(self, server: str, user: str, tls: bool) -> None:
         super().__init__()
         self.stay: Stay | None = None
+        self.key = secrets.token_hex()  # who comes back with it is the same user
+        self.turns = itertools.count()  # of the logins with it
+        self.url = ""  # of the latest login
+        self.number = -LAST  # of the last message in the log, or so many to begin with
         self.heard: deque[tuple[str, str]] = deque(maxlen=KEPT)  # and not drawn yet
         self.server = tk.StringVar(value=server)
         self.user = tk.StringVar(value=user)
@@ -213,6 +303,7 @@ class Window(tk.Tk):
         self.bold = font.nametofont("TkTextFont").copy()
         self.bold.configure(weight="bold")
         self.messages.tag_configure("time", foreground="#5f6368", spacing1=3)
+        self.messages.configure(tabs="15m")
         self.messages.tag_configure("text", lmargin1="15m", lmargin2="15m")
         for color in COLORS:
             self.messages.tag_configure(color, foreground=color, font=self.bold)
@@ -249,6 +340,21 @@ class Window(tk.Tk):
         else:
             self.show_users([])
 
+    def hear(self, number: int, when: str, message: str) -> None:
+        self.number = number
+        self.heard.append((when, message))
+
+    def miss(self, number: int, texts: list[str]) -> None:
+        """Tell that messages are missing, and give back what may have been said there."""
+        self.hear(number, "", "Some messages are missing here")
+        self.give_back(texts)
+
+    def give_back(self, texts: list[str]) -> None:
+        """Put what was said and not heard back before what is in the draft."""
+        if texts and self.draft.get("1.0", "end-1c"):
+            texts = [*texts, ""]
+        self.draft.insert("1.0", "\n".join(texts))
+
     def show_users(self, users: list[str]) -> None:
         self.users.set(users)
         self.side["text"] = f"Users ({len(users)})"
@@ -261,9 +367,9 @@ class Window(tk.Tk):
         while self.heard and size < PORTION:
             when, message = self.heard.popleft()
             message = LONG_LINE.sub(r"\g<0>\n", message.replace("\0", "\ufffd"))
-            author, _, text = message.partition(": ")
-            color = COLORS[sum(author.encode()) % len(COLORS)]
-            pieces += "\n", "", f"{when}  ", "time", f"{author}: ", color, text, "text"
+            author, colon, text = message.partition(": ")
+            color = COLORS[sum(author.encode()) % len(COLORS)] if colon else "time"
+            pieces += "\n", "", f"{when}\t", "time", author + colon, color, text, "text"
             size += len(text) + 100
         self.messages["state"] = "normal"
         self.messages.insert("end", *pieces)
@@ -283,7 +389,13 @@ class Window(tk.Tk):
         self.draft["wrap"] = "none" if is_long else "word"
 
     def log_in(self) -> None:
-        url = f"{'https' if self.tls.get() else 'http'}://{self.server.get().strip()}"
+        """Log in at a server, written as host:port or as the address of its page."""
+        scheme, _, host = self.server.get().strip().rpartition("://")
+        if scheme:
+            self.tls.set(scheme.lower() in ("https", "wss"))
+        url = f"http{'s' * self.tls.get()}://{host.rstrip('/')}"
+        if url != self.url:
+            self.url, self.number = url, -LAST
         self.stay = Stay(self, url, self.user.get())
         self.show(False, "Connecting ...")
 
@@ -293,6 +405,8 @@ class Window(tk.Tk):
             self.leave("")
 
     def leave(self, reason: str) -> None:
+        if self.stay:
+            self.give_back(self.stay.unheard)
         self.stay = None
         self.show(False, reason)
 
@@ -302,12 +416,13 @@ class Window(tk.Tk):
 
     def say(self) -> None:
         """Say what is in the draft, unless that is nothing or too much."""
-        draft = self.draft.get("1.0", "end-1c")
-        size = len(draft.encode(errors="replace"))
-        if size > MAX_MESSAGE:
-            self.show(True, f"{size:,} bytes are too many, {MAX_MESSAGE:,} can be sent")
+        draft = self.draft.get("1.0", "end-1c").encode(errors="replace")
+        if len(draft) > MAX_MESSAGE:
+            excess = f"{len(draft):,} bytes are too many, {MAX_MESSAGE:,} can be sent"
+            self.show(True, excess)
         elif self.stay and draft.strip():
-            asyncio.run_coroutine_threadsafe(self.stay.say(draft), self.loop)
+            self.stay.unheard.append(draft.decode())
+            asyncio.run_coroutine_threadsafe(self.stay.talk(), self.loop)
             self.draft.delete("1.0", "end")
 
 
