@@ -13,7 +13,6 @@ matter; the page runs in a real Chromium.
 import asyncio
 import gc
 import itertools
-import subprocess
 import json
 import os
 import random
@@ -22,12 +21,13 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 import tracemalloc
 import weakref
-from collections import defaultdict
 from asyncio.subprocess import PIPE, STDOUT
+from collections import defaultdict
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from pathlib import Path
