@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14.4,<4", "redis[hiredis]"]
+# dependencies = ["aiohttp>=3.14.4,<4", "redis[hiredis]>=8"]
 # ///
 """The chat in several processes, on one machine or many, as one room: the stream is the room.
 
@@ -8,37 +8,44 @@
     python bonus/cluster.py --port 8082 --redis redis://localhost
 
 Each process appends to a Redis stream what happens at its own sockets, and does what it reads
-there, its own entries too. So all do the same in the same order: they have the same users,
-and deliver the same messages, with no lock and no second source of truth.
+there, its own entries too. So all do the same in the same order: they have the same users, and
+the same messages under the same numbers, with no lock and no second source of truth.
+
+Read chat.py first, then this from the top: chapters 1 and 2 are a room in several processes.
+3 is how a name goes from one connection to the next, 4 how a process that starts learns what
+the others know, 5 what a stream may do wrong. 6 serves it.
 """
 
+from __future__ import annotations
+
 import asyncio
+import hashlib
 import json
 import logging
 import secrets
 import sys
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from aiohttp import web
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from aiohttp import WSMsgType, web
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import chat
 
-RETENTION = 60_000  # milliseconds for which the stream keeps an entry
-ALIVE = 4  # seconds between signs of life; who is silent for four of another's is gone
-PATIENCE = 5  # seconds to wait for Redis
+PATIENCE = 6  # seconds that a login waits; by then, a dead process is gone
+MAX_WAITING = 1000  # logins at once; more would fill the memory while Redis is away
+SILENT = 5  # signs of life; who gives none between so many of another's is gone
 log = logging.getLogger("chat")
-
-
-def order(position: str) -> list[int]:
-    """Return what the ID of an entry is ordered by: milliseconds, and a number in them."""
-    return [int(number) for number in position.split("-")]
 
 
 async def happens(event: asyncio.Event, seconds: float) -> bool:
@@ -49,258 +56,685 @@ async def happens(event: asyncio.Event, seconds: float) -> bool:
     return event.is_set()
 
 
+@dataclass
+class Draft:
+    """The next entry of this process, as it gathers while another is under way."""
+
+    words: list[Any] = field(default_factory=list)
+    said: bytearray = field(default_factory=bytearray)  # messages
+    asking: dict[str, chat.User] = field(
+        default_factory=dict
+    )  # who want to know: heard?
+    taken: asyncio.Event = field(default_factory=asyncio.Event)  # it gathers no more
+    done: asyncio.Event = field(default_factory=asyncio.Event)  # it is read, and obeyed
+
+
 class ClusterRoom(chat.Room):
     """The room of all processes; its `users` are those of this one."""
 
-    def __init__(self, redis: Redis, stream: str) -> None:
-        super().__init__()
-        self.redis, self.stream = redis, stream
-        self.wake = asyncio.Event()  # set when there is something to append
-        self.under_way = asyncio.Event()  # set when what was appended is read back
-        self.silent = Counter[str]()  # own signs of life since one of another process
-        self.ready = asyncio.Event()  # set while this process knows the room
-        self.process = ""  # a random name, for one life
-        self.begin()
+    to_tell: bool
+    since: str
 
-    def begin(self) -> None:
-        """Be a new process, which does not know the room; who it was before is gone."""
-        self.news = {"gone": [self.process], "new": ["?"]}  # for the next entry
-        self.read_back = asyncio.Event()  # set when that was read back, and done
-        self.process = secrets.token_hex(8)
-        self.number = 0  # of the last entry appended
-        self.position = "0-0"  # the ID of the last entry read
-        self.everyone: dict[str, str] = {}  # process by name, in order of login
-        self.processes: dict[str, int] = {}  # the last number read, the eldest first
-        self.entering: dict[str, asyncio.Event] = {}  # set when the answer is known
-        self.batch.clear()
-        self.ready.clear()
+    def __init__(self, redis: Redis, name: str, keep: float, alive: float) -> None:
+        super().__init__()
+        self.redis, self.name, self.keep, self.alive = redis, name, keep, alive
+        self.wake = asyncio.Event()  # set when there is something to append
+        self.ready = asyncio.Event()  # set while this process is in the room
+        self.pending: dict[str, Wish] = {}  # logins, by a random word for each
+        self.closing = set[asyncio.Task[bool]]()
+        self.draft = Draft()
+        self.be_born()
+
+    # 1. What happens at the sockets of this process goes into its next entry
+
+    def append(self, *word: Any) -> asyncio.Event:
+        """Have the next entry say `word`; return the event that it is read, and obeyed."""
+        self.draft.words.append(word)
+        self.wake.set()
+        return self.draft.done
+
+    async def say(self, user: chat.User, text: bytes) -> None:
+        """Have everyone hear it; while Redis is slow, wait, so that memory is bounded."""
+        while len(self.draft.said) > chat.MAX_BATCH:
+            await self.draft.taken.wait()
+        if self.users.get(user.name) is user:
+            message = user.name.encode() + b": " + text
+            self.draft.said += chat.frame(WSMsgType.TEXT, message)
+            self.wake.set()
+
+    def answer(self, user: chat.User) -> None:
+        """Tell `user` where it is, when all that it said before has come back.
+
+        Even if it said nothing: so a page finds out that its process is cut off from the
+        room, and goes to another one.
+        """
+        self.draft.asking[user.name] = user
         self.wake.set()
 
-    def start_over(self, why: str) -> None:
-        """Be a new process, and have the users of this one come back to it."""
-        log.warning("%s: the users of this process have to come back", why)
-        self.under_way.set()  # nobody is going to read it
-        self.begin()
-        self.closing = asyncio.create_task(super().close(1012, why.encode()))
-
-    # What happens at the sockets of this process
+    def leave(self, user: chat.User, how: str = "left") -> None:
+        """Log `user` off, unless that was done before."""
+        if self.users.get(user.name) is user:
+            del self.users[user.name]
+            if owner := self.everyone.get(user.name):
+                self.append("left", user.name, owner.login, how)
 
     def names(self) -> list[str]:
         """Return the names of all users of all processes, in order of login."""
+        if not self.ready.is_set():
+            raise web.HTTPServiceUnavailable(text="The room is not known just now")
         return list(self.everyone)
 
-    async def enter(self, user: chat.User) -> None:
-        """Log `user` in, or raise HTTPConflict; without Redis, HTTPServiceUnavailable."""
-        name = user.name
-        taken = web.HTTPConflict(text=f"User {name} already logged in")
-        # Listed, but of no user here, it is one who is leaving: this login comes after that.
-        if self.everyone.get(name, self.process) != self.process or name in self.users:
-            raise taken
-        # More would fill the memory while Redis is away.
-        if len(self.entering) < 1000 and await happens(self.ready, PATIENCE):
-            if name not in self.entering:
-                self.entering[name] = self.append("entered", name)
-            # Of all who wait for the same name here, the first one takes it.
-            if await happens(self.entering[name], PATIENCE) and name in self.everyone:
-                if self.everyone[name] != self.process or name in self.users:
-                    raise taken
-                self.users[name] = user
-                return
-        raise web.HTTPServiceUnavailable(text="The room cannot be reached just now")
+    def is_key_of(self, name: str, key: str) -> bool:
+        """Tell whether the user of that name is here, in any process, with this key."""
+        owner = self.everyone.get(name)
+        return owner is not None and owner.key == hashed(key) != ""
 
-    def changed(self, name: str, how: str) -> None:
-        """Tell all processes that `name` has left this one."""
-        if self.everyone.get(name) == self.process:
-            self.append("left", f"{name}:{how}")
-
-    def flush(self) -> None:
-        """Let the next entry take the batch, which may grow until then."""
-        if self.batch:
-            self.wake.set()
-
-    async def close(self, code: int, reason: bytes) -> None:
+    async def close(self, code: int, reason: str) -> None:
         """Log off everyone here, or everywhere, if it is the operator's reset: code 1000."""
-        resets = code == 1000
-        word = ("reset", reason.decode()) if resets else ("gone", self.process)
-        if not await happens(self.append(*word), 2) and resets:
-            raise web.HTTPServiceUnavailable(text="The reset waits for Redis")
-        await super().close(code, reason)
+        if code == 1000:
+            if not await happens(self.append("reset", reason), 2):
+                raise web.HTTPServiceUnavailable(text="The reset waits for Redis")
+        else:
+            how = "was let go: " + reason
+            await happens(self.append("gone", self.stream.author, how), 2)
+            self.let_go([*self.users.values()], code, reason)
+        await asyncio.gather(*self.closing)
 
-    # What is appended
-
-    def append(self, kind: str, word: str) -> asyncio.Event:
-        """Have the next entry say this; return the event that it is read back, and done."""
-        self.news.setdefault(kind, []).append(word)
-        self.wake.set()
-        return self.read_back
+    def let_go(self, users: list[chat.User], code: int, reason: str) -> None:
+        """Close the connections of `users`, who say nothing more from now on."""
+        self.flush()
+        for user in users:
+            self.users.pop(user.name, None)
+            if user.prepared:
+                closing = user.close(code=code, message=reason.encode())
+                self.closing.add(task := asyncio.create_task(closing))
+                task.add_done_callback(self.closing.discard)
 
     async def write(self) -> None:
         """Append one entry after another, each of all that happened during the one before.
 
-        Redis may take it though the answer is lost, or lose it though it has answered: so it
-        is appended until it is read back. Who reads it twice knows that by its number.
+        So batches grow with the load, and Redis gets one command a round trip at most.
         """
         while True:
             await self.wake.wait()
             self.wake.clear()
-            process, seen, self.number = self.process, self.position, self.number + 1
-            news = {kind: "\n".join(words) for kind, words in self.news.items()}
-            head = {"process": process, "number": self.number, "seen": seen}
-            entry = {**head, **news, "said": bytes(self.batch)}
-            self.under_way, self.read_back = self.read_back, asyncio.Event()
-            self.news = {}
-            self.batch.clear()
-            self.flushed.set()
-            self.flushed.clear()
-            xadd, oldest = self.redis.xadd, max(0, order(seen)[0] - RETENTION)
-            while not self.under_way.is_set():
-                position = await self.ask(xadd, self.stream, entry, minid=oldest)
-                if process == self.process and order(position.decode()) <= order(seen):
-                    self.start_over("The stream fell back")  # after a failover
-                await happens(self.under_way, PATIENCE)
+            draft, self.draft = self.draft, Draft()
+            draft.taken.set()
+            if self.ready.is_set():
+                draft.words += self.wishes()
+            if not self.knows:
+                draft.words.append(("asks",))
+            if self.to_tell:
+                draft.words.append(self.state())
+                self.to_tell = False
+            await self.stream.append(draft.words, bytes(draft.said))
+            draft.done.set()
+            for user in draft.asking.values():
+                super().answer(user)
 
-    async def live(self) -> None:
-        """Give signs of life; a process of which there is none between four is gone."""
-        while True:
-            await asyncio.sleep(ALIVE)
-            kind = "alive" if self.ready.is_set() else "new"
-            # Not after its own end, nor for others' silence while Redis is away.
-            if self.process in self.processes:
-                heard = await happens(self.append(kind, "?"), PATIENCE)
-                for process in self.processes if heard else ():
-                    self.silent[process] += 1
-                    if self.silent[process] >= 4:
-                        self.append("gone", process)
+    # 2. What is read, all processes do
 
-    async def ask(self, command: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Return what Redis answers to `command`, which is repeated until it does."""
-        pause = 0.05  # seconds
-        while True:
-            try:
-                return await command(*args, **options)
-            except (RedisError, OSError) as error:
-                if pause < 0.1:
-                    log.warning("Redis: %s", error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 1)
-
-    # What is read
-
-    async def read(self) -> None:
-        """Do what one entry after another says, from the last one read on."""
-        while True:
-            position, xread = self.position, self.redis.xread
-            answer = await self.ask(xread, {self.stream: position}, 100, block=2000)
-            for entry_id, fields in answer[0][1] if answer else []:
-                if self.position != position:
-                    break  # there is another place to read on from
-                before, position = position, entry_id.decode()
-                self.position, said = position, fields.pop(b"said")
-                entry = {kind.decode(): text.decode() for kind, text in fields.items()}
-                if self.is_next(entry, before):
-                    await self.apply(entry, said)
-
-    def is_next(self, entry: dict[str, str], before: str) -> bool:
-        """Tell whether to do what `entry` says; start over if an earlier one is missing."""
-        process, number = entry["process"], int(entry["number"])
-        last = self.processes.get(process, 0)
-        if self.ready.is_set():
-            # What its author had read is before it, unless the stream has fallen back since.
-            missed = order(before) < order(entry["seen"]) < order(self.position)
-            if missed or 0 < last < number - 1:
-                self.start_over("A part of the stream is missing")
-                return False
-            if not last and number > 1:
-                if process != self.process:
-                    self.append("gone", process)  # it reads that, and starts over
-                return False
-        if number > last:
-            self.processes[process], self.silent[process] = number, 0
-        return number > last  # else it was appended twice
-
-    async def apply(self, entry: dict[str, str], said: bytes) -> None:
-        """Do what `entry` says, with `said` first."""
-        process, ready = entry["process"], self.ready.is_set()
-        if said and ready:
-            self.deliver(said)
-        known = "left", "entered", "reset", "gone", "new"
-        for kind in known if ready else ("gone", "room"):
-            for word in entry.get(kind, "").splitlines():
-                self.obey(process, kind, word)
-        if self.process == self.eldest():
-            self.ready.set()  # there is nobody to ask
-        own = process == self.process
-        if own and entry["number"] == str(self.number):
-            self.under_way.set()
-        await asyncio.sleep(0)  # who waited for this goes on before the next is read
-        for name in entry.get("entered", "").splitlines() if own else []:
-            self.entering.pop(name, None)
-            if self.everyone.get(name) == process and name not in self.users:
-                self.append("left", f"{name}:did not wait")
-
-    def obey(self, process: str, kind: str, word: str) -> None:
-        """Do what `process` says with one word."""
-        if kind == "left":
-            name, _, how = word.partition(":")
-            self.remove([name] if self.everyone.get(name) == process else [], how)
-        elif kind == "entered" and word not in self.everyone:
-            self.everyone[word] = process
-            super().changed(word, "logged in")
-        elif kind == "reset":
-            self.remove(self.names(), f"was let go: {word}")
-            self.closing = asyncio.create_task(super().close(1000, word.encode()))
-        elif kind == "gone":
-            self.processes.pop(word, None)
-            self.remove([n for n, p in self.everyone.items() if p == word], "is gone")
-            if word == self.process != process:
-                self.start_over("This process was taken for dead")
-        elif kind == "new" and process != self.process == self.eldest():
-            room = [self.position, self.processes, self.everyone]
-            self.append("room", json.dumps(room))
-        elif kind == "room" and self.process in json.loads(word)[1]:
-            self.position, self.processes, self.everyone = json.loads(word)
-            self.ready.set()
-
-    def eldest(self) -> str:
-        """Return the process that is in the room for the longest time."""
-        return next(iter(self.processes), "")
+    async def obey(self, entry: Entry) -> None:
+        """Do what `entry` says, its messages first; raise StartOver if that cannot be."""
+        authors, me = self.stream.authors, self.stream.author
+        if not self.knows:
+            return self.learn(entry)
+        if not await self.stream.is_next(entry):
+            if (
+                entry.author not in authors
+                and self.ready.is_set()
+                and entry.author != me
+            ):
+                self.append(
+                    "gone", entry.author, "is gone"
+                )  # which it is going to read
+            return
+        authors[entry.author] = entry.number, entry.position
+        self.silent[entry.author] = 0
+        if order(entry.seen) >= order(self.since):
+            for message in entry.said:
+                self.add(message)
+        for word in entry.words:
+            match word:
+                case ["enter", str(name), str(login), str(key), int(turn)]:
+                    self.wish(name, Owner(login, entry.author, key, turn))
+                case ["moved", str(name), str(login), [*to], credit, ago]:
+                    self.move(name, login, Owner(*to), credit, ago)
+                case ["left", str(name), str(login), str(how)]:
+                    if self.owns(login, name):
+                        self.remove([name], how)
+                case ["gone", str(process), str(how)]:
+                    if process == me != entry.author:
+                        raise StartOver("This process was taken for dead")
+                    authors.pop(process, None)
+                    names = [
+                        n for n, o in self.everyone.items() if o.process == process
+                    ]
+                    self.remove(names, how)
+                case ["reset", str(reason)]:
+                    self.since = entry.position  # what was said before is heard no more
+                    self.draft.said.clear()
+                    self.remove([*self.everyone], "was let go: " + reason)
+                    self.let_go([*self.users.values()], 1000, reason)
+                case ["asks"]:
+                    self.to_tell |= self.is_eldest()
+                case ["room", *_]:
+                    self.told_at = time.monotonic()
+                case ["founds", *_] if order(entry.seen) >= order(self.since):
+                    raise StartOver("This process was taken for dead")
+                case ["lost"]:
+                    raise StartOver("The stream has lost a part")
+        if self.to_tell:
+            self.wake.set()
 
     def remove(self, names: list[str], how: str) -> None:
         """Take `names` off the list."""
         for name in names:
             del self.everyone[name]
+            self.changed(name, how)
+        self.utter_again()
+
+    def changed(self, name: str, how: str) -> None:
+        """Log who came or went, and tell everyone here; not what is long past."""
+        if self.ready.is_set():
             super().changed(name, how)
 
-    async def run(self, _: web.Application) -> AsyncIterator[None]:
-        """Take part in the room; let users in as soon as it is known."""
-        async with self.redis:
+    # 3. A name is one login's, which hands it over to the next one of the same user
+    #
+    # The process of the new connection says what it wants. The one of the old connection
+    # reads that, lets its user go, and says so after all that this user said. So all of it
+    # has been heard when the new connection begins.
+
+    async def enter(self, user: chat.User) -> None:
+        """Log `user` in, or raise HTTPConflict; without Redis, HTTPServiceUnavailable."""
+        taken = web.HTTPConflict(text=f"User {user.name} already logged in")
+        if not self.is_free_for(user):
+            raise taken
+        if len(self.pending) < MAX_WAITING:
+            login, wish = secrets.token_hex(8), Wish(user)
+            self.pending[login] = wish
+            self.wake.set()
             try:
-                await self.redis.ping()
-            except (RedisError, OSError) as error:
-                raise OSError(f"Redis: {error}") from None
-            jobs = self.read(), self.write(), self.live()
-            tasks = [asyncio.create_task(job) for job in jobs]
-            await self.ready.wait()
-            yield
-            for task in tasks:
-                task.cancel()
+                answered = await happens(wish.answered, PATIENCE)
+            finally:
+                del self.pending[login]
+            if answered and self.users.get(user.name) is user:
+                return
+            if answered:
+                raise taken
+        raise web.HTTPServiceUnavailable(text="The room cannot be reached just now")
+
+    def begin(self, user: chat.User) -> None:
+        """Give `user` its place, now that it has shaken hands."""
+        user.behind = False
+        super().begin(user)
+
+    def is_free_for(self, user: chat.User) -> bool:
+        """Tell whether the name is nobody's, in no process, or the same user's."""
+        owner = self.everyone.get(user.name)
+        if owner is None or owner.yields_to(hashed(user.key), user.turn):
+            return True
+        # Listed, but of no user here, it is one who is leaving: a login comes after that.
+        return owner.process == self.stream.author and user.name not in self.users
+
+    def wishes(self) -> list[Any]:
+        """Return the words of those who wait for a name and have not uttered it yet."""
+        words = []
+        for login, wish in self.pending.items():
+            if not wish.uttered and not wish.answered.is_set():
+                wish.uttered, user = True, wish.user
+                words.append(("enter", user.name, login, hashed(user.key), user.turn))
+        return words
+
+    def utter_again(self) -> None:
+        """Have those say their wish again who wait for somebody to hand over a name."""
+        for wish in self.pending.values():
+            wish.uttered = False
+        self.wake.set()
+
+    def wish(self, name: str, new: Owner) -> None:
+        """Give `name` to `new` if it is free; its owner hands it over if it may."""
+        owner, wish = self.everyone.get(name), self.pending.get(new.login)
+        if not owner:
+            self.give(name, new, "logged in")
+        elif not owner.yields_to(new.key, new.turn):
+            if wish:
+                wish.answered.set()
+        elif owner.process == self.stream.author and owner.login != new.login:
+            credit, ago = float(chat.BURST), 0.0
+            if user := self.users.get(name):
+                credit, ago = user.credit, time.monotonic() - user.paid_at
+                self.let_go([user], 1000, "logged in again elsewhere")
+            self.append("moved", name, owner.login, new, credit, ago)
+
+    def move(
+        self, name: str, login: str, new: Owner, credit: float, ago: float
+    ) -> None:
+        """Give `name` to `new`, with the token bucket, if `login` still owns it."""
+        if self.owns(login, name) and new.process not in self.stream.authors:
+            self.remove([name], "is gone")
+        elif self.owns(login, name):
+            if wish := self.pending.get(new.login):
+                wish.user.credit, wish.user.paid_at = credit, time.monotonic() - ago
+            self.give(name, new, "came back")
+
+    def give(self, name: str, owner: Owner, how: str) -> None:
+        """Have `owner` own `name`."""
+        self.everyone[name] = owner
+        if owner.process == self.stream.author:
+            wish = self.pending.get(owner.login)
+            if wish and not wish.user.transport.is_closing():
+                wish.user.behind = True  # so that nothing is written before begin()
+                self.users[name] = wish.user
+                wish.answered.set()
+            else:
+                self.append("left", name, owner.login, "did not wait")
+        self.changed(name, how)
+
+    def owns(self, login: str, name: str) -> bool:
+        """Tell whether `login` owns `name`, at this place of the stream."""
+        return name in self.everyone and self.everyone[name].login == login
+
+    # 4. Who does not know the room reads on until somebody says what it is
+    #
+    # From time to time, the eldest process says that. Who starts reads the stream from its
+    # oldest entry on, and from the first such word on it does what all did: so it has the
+    # same room, and the same messages. If the stream has none, it asks; if nobody answers
+    # for two signs of life, it founds a room.
+    #
+    # A process lives more than once. If it has missed something, or the others took it for
+    # dead, it lets its users go, who come back, and starts over under another name.
+
+    def be_born(self, *words: Any) -> None:
+        """Be a process that knows nothing; its first entry is going to say `words`."""
+        self.stream = Stream(self.redis, self.name, self.keep)
+        self.silent = Counter[
+            str
+        ]()  # signs of life since the last one of that process, ...
+        self.silence = 0  # ... and of any that knows the room
+        self.told_at = 0.0  # when somebody said what the room is
+        self.to_tell = False  # this process is to say it
+        self.ready.clear()
+        self.draft.taken.set()
+        self.draft = Draft([*words])
+        self.know(False, {}, {}, self.last, "0-0")
+        self.utter_again()
+
+    def know(
+        self, knows: bool, authors: Any, everyone: Any, last: int, since: str
+    ) -> None:
+        """Have this room; keep none of the messages before."""
+        self.knows, self.since = knows, since
+        self.stream.authors = {name: tuple(it) for name, it in authors.items()}
+        self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
+        self.messages.clear()
+        self.size, self.last, self.forgotten = 0, last, last
+        self.flush()
+
+    def state(self) -> tuple[Any, ...]:
+        """Return the word that says what the room is, as of what was read last."""
+        here = self.stream.position, self.stream.authors, self.everyone
+        if self.knows:
+            return "room", *here, self.last, self.since
+        # The clock gives the first number, as in chat.py; none comes again.
+        return "founds", *here, max(time.time_ns() // 1000, self.last + 2**20), ""
+
+    def learn(self, entry: Entry) -> None:
+        """See whether `entry` says what the room is; if so, read on from where it was that."""
+        self.stream.authors[entry.author] = entry.number, entry.position
+        if ["asks"] not in entry.words:
+            self.silence = 0  # there is somebody who is going to answer
+        for word in entry.words:
+            match word:
+                case ["room" | "founds", str(at), authors, everyone, int(last), since]:
+                    if self.stream.go_back(at):
+                        self.know(
+                            True, authors, everyone, last, since or entry.position
+                        )
+
+    async def read(self) -> None:
+        """Do what one entry after another says."""
+        while True:
+            if self.knows and not self.ready.is_set():
+                self.ready.set()
+                self.wake.set()
+            if entry := await self.stream.next():
+                await self.obey(entry)
+
+    async def live(self) -> None:
+        """Take part in the room, from one start to the next."""
+        while True:
+            while entry := await self.stream.next(wait=None):
+                try:
+                    await self.obey(entry)
+                except StartOver:
+                    self.know(False, {}, {}, self.last, "0-0")
+                    self.learn(entry)
+            self.wake.set()
+            try:
+                async with asyncio.TaskGroup() as life:
+                    for job in self.read(), self.write(), self.give_signs():
+                        life.create_task(job)
+            except BaseExceptionGroup as errors:
+                error = errors.exceptions[0]
+                if not isinstance(error, StartOver):
+                    raise error from None
+            log.warning("%s: the users of this process have to come back", error)
+            self.let_go([*self.users.values()], 1012, str(error))
+            words: list[Any] = [("gone", self.stream.author, "has to come back")]
+            if isinstance(error, Lost) and self.knows:
+                words.append(("lost",))  # so that all start over, with other numbers
+            self.be_born(*words)
+
+    async def give_signs(self) -> None:
+        """Append something from time to time; who does not, as often as this one, is gone.
+
+        So time without Redis does not count, nor time in which this process stood still.
+        """
+        while True:
+            await asyncio.sleep(self.alive)
+            self.utter_again()
+            await self.draft.done.wait()
+            if not self.knows:
+                self.silence += 1
+                self.to_tell = self.silence >= 2
+            elif self.stream.author in self.stream.authors:  # it has not left
+                for process in self.stream.authors:
+                    self.silent[process] += 1
+                    if self.silent[process] >= SILENT:
+                        self.append("gone", process, "is gone")
+                if time.monotonic() > self.told_at + self.keep / 8:
+                    self.to_tell = self.is_eldest()
+
+    def is_eldest(self) -> bool:
+        """Tell whether this process is in the room for the longest time."""
+        return next(iter(self.stream.authors), "") == self.stream.author
+
+    async def run(self, _: web.Application) -> AsyncIterator[None]:
+        """Be in the room while the application serves, or end it if that cannot be.
+
+        If a task of a TaskGroup fails, whoever waits in the group is cancelled: here it is
+        the server. A chat that is deaf must not look like one that is quiet.
+        """
+        try:
+            async with self.redis, asyncio.TaskGroup() as group:
+                try:
+                    await self.redis.ping()
+                except (RedisError, OSError) as error:
+                    raise OSError(f"Redis: {error}") from None
+                living = group.create_task(self.live())
+                await self.ready.wait()
+                yield
+                living.cancel()
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
 
-def make_app(url: str, stream: str) -> web.Application:
+class Owner(NamedTuple):
+    """A login, at one process, to which a name belongs."""
+
+    login: str
+    process: str
+    key: str  # hashed
+    turn: int
+
+    def yields_to(self, key: str, turn: int) -> bool:
+        """Tell whether a login with this key is of the same user, and of no earlier turn."""
+        return self.key == key != "" and self.turn <= turn
+
+
+@dataclass
+class Wish:
+    """A user who waits for its name."""
+
+    user: chat.User
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    uttered: bool = False  # in an entry
+
+
+def hashed(key: str) -> str:
+    """Return what may be known elsewhere of a user's key."""
+    return key and hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32]
+
+
+# 5. The stream, which may fail, forget, and say something twice
+
+ANSWER = 5  # seconds to wait for Redis
+HOPELESS = {"ERR", "MOVED", "NOAUTH", "NOPERM", "WRONGPASS", "WRONGTYPE"}
+
+
+class StartOver(Exception):
+    """This process does not know what others know; says why."""
+
+
+class Lost(StartOver):
+    """The stream has lost what this process has read, and others have not."""
+
+
+def order(position: str) -> tuple[int, int]:
+    """Return what the ID of an entry is ordered by: milliseconds, and a number in them."""
+    milliseconds, _, number = position.partition("-")
+    return int(milliseconds), int(number)
+
+
+@dataclass
+class Entry:
+    """What one process appended in one go."""
+
+    position: str  # its ID
+    author: str
+    number: int  # one more than that of its author's entry before
+    seen: str  # the position of the entry that its author had read last
+    words: list[Any]
+    said: list[bytes]  # messages, each a frame
+
+    @classmethod
+    def parse(cls, position: str, fields: dict[bytes, bytes]) -> Entry:
+        """Return the entry of these fields; if it is none, ValueError or LookupError."""
+        author, seen = fields[b"author"].decode(), fields[b"seen"].decode()
+        words = json.loads(fields[b"words"] or b"[]")
+        if not isinstance(words, list) or order(seen) >= order(position):
+            raise ValueError
+        said, rest = [], fields[b"said"]
+        while rest:
+            size = 2 + rest[1]  # a frame begins with its length
+            if size == 128:
+                size = 4 + int.from_bytes(rest[2:4])
+            said.append(rest[:size])
+            rest = rest[size:]
+        return cls(position, author, int(fields[b"number"]), seen, words, said)
+
+
+class Stream:
+    """What all processes append to, and all read in the same order; one for each life."""
+
+    def __init__(self, redis: Redis, name: str, keep: float) -> None:
+        self.redis, self.name, self.keep = redis, name, keep
+        self.author = secrets.token_hex(6)  # this process, as the others know it
+        self.number = 0  # of the last entry appended
+        self.read_back = asyncio.Event()  # set when that was read, and obeyed
+        # Who is in the room, the eldest first; with number and position of the last entry
+        self.authors: dict[str, tuple[int, str]] = {}
+        self.entry: Entry | None = None  # the last one read
+        self.position = self.before = "0-0"  # of that, and of the one before it
+        self.oldest = ""  # the first position read
+        self.went_back_at = "0-0"
+        self.fetched = deque[tuple[bytes, dict[bytes, bytes]]]()  # not read yet
+        self.times = deque[tuple[float, int]]()  # when entries of which time were read
+        self.faults = dict[str, tuple[str, float]]()  # of Redis, and the next pause
+        self.is_full = False  # Redis has no memory left
+
+    async def append(self, words: list[Any], said: bytes) -> None:
+        """Append an entry until it is read back, and obeyed.
+
+        Redis may take it though the answer is lost, or lose it though it has answered.
+        Who reads it twice knows that by its number.
+        """
+        self.number += 1
+        self.read_back.clear()
+        seen, text = self.position, json.dumps(words) if words else ""
+        entry: dict[Any, Any] = {"author": self.author, "number": self.number}
+        entry |= {"seen": seen, "words": text, "said": said}
+        while not self.read_back.is_set():
+            if position := await self.ask(self.redis.xadd, self.name, entry):
+                if order(position.decode()) <= order(seen):
+                    raise Lost("The stream fell back")
+                await happens(self.read_back, ANSWER)
+            await self.trim()
+
+    async def next(self, wait: int | None = 2000) -> Entry | None:
+        """Return the next entry, or None if there is none within `wait` milliseconds.
+
+        Who asks for the next one has done what the one before says.
+        """
+        it = self.entry
+        if it and it.author == self.author and it.number == self.number:
+            self.read_back.set()
+        while True:
+            while self.fetched:
+                position, fields = self.fetched.popleft()
+                self.before, self.position = self.position, position.decode()
+                self.oldest = self.oldest or self.position
+                with suppress(LookupError, ValueError, RecursionError):
+                    self.entry = Entry.parse(self.position, fields)
+                    return self.entry
+                log.warning("Skipped what is no entry of a chat: %s", self.position)
+            places = {self.name: self.position}
+            answer = await self.ask(self.redis.xread, places, count=100, block=wait)
+            if answer == []:
+                return None
+            self.fetched.extend(answer[0][1] if answer else ())
+
+    def go_back(self, position: str) -> bool:
+        """Read on from `position`, if all since then was read, and from here only once."""
+        behind = order(self.position) <= order(self.went_back_at)
+        if behind or order(position) < order(self.oldest):
+            return False
+        self.fetched.clear()
+        self.went_back_at, self.position = self.position, position
+        return True
+
+    async def is_next(self, entry: Entry) -> bool:
+        """Tell whether to do what `entry` says, or raise StartOver: there is a hole."""
+        number, position = self.authors.get(entry.author, (0, ""))
+        # What its author had read is before it, unless the stream has fallen back since.
+        missed = order(self.before) < order(entry.seen)
+        if missed or number and entry.number > number + 1:
+            raise StartOver("A part of the stream is missing")
+        if number == 0:
+            return entry.number == 1  # else the others took it for dead
+        first: Any = None
+        while entry.number == number and first is None:
+            first = await self.ask(self.redis.xrange, self.name, position, position)
+        if first == []:  # others read it later than this process did
+            raise Lost("The stream has lost a part")
+        return entry.number > number
+
+    async def trim(self) -> None:
+        """Drop what was read longer ago than is kept; if Redis is full, one half.
+
+        By the clock of this process, since that of Redis may be set back. It is needed
+        only for what is older than this process.
+        """
+        now = time.monotonic()
+        if (
+            self.times
+            and now < self.times[-1][0] + self.keep / 100
+            and not self.is_full
+        ):
+            return
+        self.times.append((now, order(self.position)[0]))
+        while len(self.times) > 1 and self.times[1][0] <= now - self.keep:
+            self.times.popleft()
+        read_at, milliseconds = self.times[0]
+        oldest = milliseconds - max(0, int(1000 * (read_at - now + self.keep)))
+        if self.is_full:  # which forbids XADD, but not XTRIM
+            half = await self.ask(self.redis.xlen, self.name) or 0
+            await self.ask(self.redis.xtrim, self.name, maxlen=half // 2)
+        elif oldest > 0:
+            await self.ask(self.redis.xtrim, self.name, minid=oldest)
+
+    async def ask(self, command: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Return what Redis answers, or None if it fails: log how, but once, and wait.
+
+        If to wait does not help, raise OSError.
+        """
+        name = command.__name__
+        before, pause = self.faults.pop(name, ("", 0.05))
+        try:
+            answer = await command(*args, **options)
+        except (RedisError, OSError) as error:
+            code = getattr(error, "status_code", None) or str(error).partition(" ")[0]
+            what = str(error) if str(error).startswith(code) else f"{code} {error}"
+            told = isinstance(error, (ResponseError, AuthenticationError))
+            if told and code in HOPELESS:
+                raise OSError(f"Redis, {name}: {what}") from None
+            if what != before:
+                log.warning("Redis, %s: %s", name, what)
+            self.is_full = code == "OOM"
+            self.faults[name] = what, min(2 * pause, 1)
+            await asyncio.sleep(pause)
+            return None
+        # Before Python 3.12, wait_for(), which redis-py uses, may lose a cancellation.
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise asyncio.CancelledError
+        return answer
+
+
+# 6. Serving
+
+
+def connect(url: str) -> Redis:
+    """Return a client of the Redis at `url`, or of the master that Sentinels know.
+
+    Their URL is sentinel://user:password@host:port,host:port/service, and the user is the
+    master's. Raises ValueError for what is no URL.
+    """
+    fixed: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "socket_timeout": ANSWER}
+    fixed |= {"socket_connect_timeout": ANSWER, "health_check_interval": 0}
+    fixed |= {"protocol": 2, "decode_responses": False, "legacy_responses": True}
+    scheme, _, rest = url.partition("://")
+    if scheme != "sentinel":
+        pool = ConnectionPool.from_url(url)
+        pool.connection_kwargs.update(fixed)  # an option in the URL would prevail
+        return Redis.from_pool(pool)
+    place, _, service = rest.partition("/")
+    user, _, hosts = place.rpartition("@")
+    master = ConnectionPool.from_url(f"redis://{user}@localhost").connection_kwargs
+    addresses = [host.rpartition(":") for host in hosts.split(",")]
+    places = [(host, int(port)) for host, _, port in addresses]
+    sentinel = Sentinel(places, **master)  # type: ignore[no-untyped-call]
+    master_redis: Redis = sentinel.master_for(service, **fixed)
+    return master_redis
+
+
+def make_app(
+    url: str, name: str, keep: float = 60, alive: float = 1
+) -> web.Application:
     """Return the chat as an application of one room with all others at that stream."""
-    room = ClusterRoom(Redis.from_url(url), stream)
+    room = ClusterRoom(connect(url), name, keep, alive)
     app = chat.make_app(room)
     app.cleanup_ctx.append(room.run)
     return app
 
 
+def seconds(text: str) -> float:
+    """Return an option's seconds, of which there must be some."""
+    if not 0 < (number := float(text)) < float("inf"):
+        raise ValueError
+    return number
+
+
 if __name__ == "__main__":
     parser = chat.options("The chat in several processes, as one room")
-    parser.add_argument("--redis", default="redis://localhost", help="its URL")
-    parser.add_argument("--name", default="chat", help="the stream's; default: chat")
+    add = parser.add_argument
+    add("--redis", default="redis://localhost", help="its URL; default: %(default)s")
+    add("--name", default="chat", help="of the stream; default: %(default)s")
+    add("--keep", default=60, type=seconds, help="seconds that it keeps; default: 60")
+    add("--alive", default=1, type=seconds, help="seconds between signs of life")
     args = parser.parse_args()
     try:
-        app = make_app(args.redis, args.name)
+        app = make_app(args.redis, args.name, args.keep, args.alive)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"Redis: {error}")
     chat.serve(app, args.host, args.port)
