@@ -162,7 +162,9 @@ async def test_the_lists_of_users_stay_as_they_are(client, name):
 async def test_the_page_of_a_call_has_the_colours_of_the_chats(client):
     chat, call = [(await get(client, path))[1].decode() for path in ("/", "/call/a")]
     colours = re.search(r":root \{.*?\n\}", chat, re.DOTALL)[0]
-    assert "--accent: #3558c8" in colours and "--accent: #9db4ff" in colours  # both schemes
+    assert (
+        "--accent: #3558c8" in colours and "--accent: #9db4ff" in colours
+    )  # both schemes
     assert call.count(colours) == 1
 
 
