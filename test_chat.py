@@ -1182,7 +1182,7 @@ fixture = pytest_asyncio.fixture(loop_scope="class")
 
 async def until(condition):
     """Wait until something is there, and return it."""
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(10):  # a page asks by itself after 20
         while not (found := condition()):
             await asyncio.sleep(0.01)
     return found
@@ -1233,10 +1233,12 @@ class Line:
                     await link["thawed"].wait()
                 if link[way] == "torn":
                     writer.write(data[: len(data) // 2])
-                    await asyncio.sleep(0.01)
-                    self.cut(link)
                 elif link[way] != "dark":
                     writer.write(data)
+                if link[way] != "whole" or link["thawed"].is_set():
+                    await asyncio.sleep(0.1)  # before what follows, if only the end
+                if link[way] == "torn":
+                    self.cut(link)
             if link[way] == "frozen":
                 await link["thawed"].wait()
             if link[way] != "dark":
@@ -1249,8 +1251,8 @@ class Line:
         for link in links or self.links:
             link |= dict.fromkeys(ways or ("up", "down"), how)
 
-    def thaw(self):
-        for link in self.links:
+    def thaw(self, *links):
+        for link in links or self.links:
             link |= {way: "whole" for way in ("up", "down") if link[way] == "frozen"}
             link["thawed"].set()
 
@@ -1488,13 +1490,7 @@ class TestPage(WithPages):
 
     @pytest.mark.parametrize(
         "name",
-        [
-            "山田\u3000太郎",
-            "می\u200cخواهم",
-            "👩\u200d💻",
-            "\x1f Jack\x85\ufeff",
-            "J\ud83dack",
-        ],
+        ["山田\u3000太郎", "می\u200cخواهم 👩\u200d💻", "\x1f J\ud83dack\x85\ufeff"],
     )
     async def test_ones_own_name_and_words_are_known_when_they_return(self, tab, name):
         await tab.with_clock()
@@ -1650,12 +1646,16 @@ class TestPage(WithPages):
         await jill.hear()
         await jack.network_changes()
         await jack.hears("missed")
-        await jack.network_changes()  # needlessly
+        line.fail("frozen", "down")
+        await jack.network_changes()
+        jill.say("hi")
+        await jack.hears("missed", "hi")
+        line.thaw()
+        await until(lambda: jack.sockets[1].is_closed())
         await jack.say("hello")
-        await jack.hears("missed", "hello")
-        assert len(jack.sockets) == 3
+        await jack.hears("missed", "hi", "hello")
         jill.say("end")  # nobody was away for a moment
-        assert NOTICE not in [await jill.receive() for _ in range(2)]
+        assert NOTICE not in [await jill.receive() for _ in range(3)]
 
     async def test_who_pastes_much_is_read_slowly_but_not_given_up(self, tab):
         await tab.with_clock()
@@ -1729,9 +1729,13 @@ class TestPage(WithPages):
         line.fail("frozen", "down")
         jill.say("once")
         await jill.hear()
+        line.new = "frozen"
         await jack.network_changes()
-        await jack.hears("once")
+        await until(lambda: line.sockets()[1:])
+        async with jack.sockets[0].expect_event("framereceived"):
+            line.thaw(*line.sockets()[:1])
         line.thaw()
+        await jack.online()
         await jack.say("end")
         await jack.hears("once", "end")
 
@@ -1794,11 +1798,24 @@ class TestPage(WithPages):
             await expect(tab.box).to_have_value("one\ntwo\nhalf typed")
             await expect(tab.users).to_have_text(["Jack"])
 
-    async def test_at_a_log_off_what_is_unheard_is_returned(self, jack, line):
-        line.fail("dark", "up")
+    async def test_at_a_log_off_what_is_unheard_is_returned(self, jack, jill, line):
+        line.fail("dark", "down")
         await jack.say("one")
+        await jill.hear()
+        line.new = "dark"
+        await jack.network_changes()
         await jack.logoff.click()
         await expect(jack.box).to_have_value("one")
+        await jill.told("Jill")
+
+    async def test_who_logs_off_while_it_tries_to_come_back_stays_out(self, tab, line):
+        await tab.with_clock()
+        await tab.login()
+        line.cut()
+        await tab.lost()
+        await tab.logoff.click()
+        await tab.wait(20)
+        await tab.offline("")
 
     async def test_enter_sends_but_not_with_shift_nor_of_an_ime(self, jack):
         await jack.box.type("one")
@@ -1846,10 +1863,11 @@ class TestPage(WithPages):
         )
         jill.say("past")
         await jill.hear()
+        await tab.hide(True)
         await tab.login()
         await tab.hears("past")
+        await expect(tab.page).to_have_title("Chat")
         line.fail("dark")
-        await tab.hide(True)
         jill.say("missed")
         await tab.network_changes()
         await expect(tab.page).to_have_title("(1) Chat")
@@ -1899,7 +1917,12 @@ class TestPage(WithPages):
         assert asked.empty()
 
     async def test_who_comes_back_asks_for_it_until_it_comes(self, jack, jill, line):
-        await expect(jack.users).to_have_text(["Jack", "Jill"])
+        joe = await Peer.login(jill.port, "Joe")
+        await joe.told("Jack", "Jill", "Joe")
+        await expect(jack.users).to_have_text(["Jack", "Jill", "Joe"])
+        async with jack.page.expect_response("**/?getUsers2=1"):
+            await jack.refresh.click()
+        await jack.run(DRAWN)  # by when none is under way
         await jack.run(
             """() => {
                 const real = AbortSignal.timeout; // 0.8 s instead of 8
@@ -1911,9 +1934,10 @@ class TestPage(WithPages):
         )
         line.fail("dark")  # also the connection that the list comes on
         jill.vanish()
+        await joe.told("Jack", "Joe")  # and Jack is not
         async with jack.page.expect_event("requestfailed"):
             await jack.network_changes()
-        await expect(jack.users).to_have_text(["Jack"])
+        await expect(jack.users).to_have_text(["Jack", "Joe"])
         assert 0 not in await jack.run("counts")
 
     # Drawing
@@ -2055,7 +2079,7 @@ class TestPage(WithPages):
             return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE")
 
         async def storm():
-            for i in range(125):
+            for i in range(60):
                 talker = await Peer.login(port, f"Storm {i}")
                 text = ("a" + "\u0301" * 8191, "\u0640" * 8192, "x" * 2**14)[i % 3]
                 talker.say(*[text] * 8)
@@ -2074,31 +2098,32 @@ class TestPage(WithPages):
         await jack.page.set_viewport_size({"width": 800, "height": 600})
         await jack.run(DRAWN)
         assert time.monotonic() - started < 1.2  # seconds; 0.05 when nothing else runs
-        assert await memory() - before < 200 * 2**20
+        assert await memory() - before < 100 * 2**20
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
-    @pytest.mark.parametrize("size", ["320x568", "667x375", "1100x700", "2560x1440"])
-    async def test_it_fits_the_screen_and_axe_finds_nothing(
-        self, tab, port, scheme, size
-    ):
-        width, height = map(int, size.split("x"))
+    async def test_it_fits_all_screens_and_axe_finds_nothing(self, tab, port, scheme):
         back = "getComputedStyle(document.documentElement).backgroundColor"
         other = await tab.run(back)
         await tab.page.emulate_media(color_scheme=scheme)
         assert (await tab.run(back) == other) == (scheme == "light")
-        await tab.page.set_viewport_size({"width": width, "height": height})
+        over = """html => {
+            const { scrollX, scrollY, innerWidth, innerHeight } = window;
+            return [scrollX, scrollY, html.scrollWidth - innerWidth, html.scrollHeight - innerHeight];
+        }"""
 
         async def check():
-            violations = (await Axe().run(tab.page)).response["violations"]
-            assert [violation["help"] for violation in violations] == []
-            over = "[scrollX, scrollY, scrollWidth - innerWidth, scrollHeight - innerHeight]"
-            over = (
-                "e => { const { scrollWidth, scrollHeight } = e; return " + over + "; }"
-            )
-            assert await tab.page.locator("html").evaluate(over) == [0, 0, 0, 0]
-            for there in tab.box, tab.send, tab.enter, tab.logoff:
-                await expect(there).to_be_in_viewport(ratio=1)
-            assert (await tab.log.bounding_box())["height"] > 100
+            for width, height in (667, 375), (2560, 1440), (1100, 700), (320, 568):
+                size = {"width": width, "height": height}
+                await tab.page.set_viewport_size(size)
+                assert await tab.page.locator("html").evaluate(over) == [0, 0, 0, 0], (
+                    size
+                )
+                for there in tab.box, tab.send, tab.enter, tab.logoff:
+                    await expect(there).to_be_in_viewport(ratio=1)
+                assert (await tab.log.bounding_box())["height"] > 100
+                if width in (1100, 320):
+                    violations = (await Axe().run(tab.page)).response["violations"]
+                    assert [violation["help"] for violation in violations] == []
 
         await check()
         others = [await Peer.login(port, f"{'W' * 28} {i}") for i in range(40)]
@@ -2137,7 +2162,7 @@ async def started(*command, display="", says=None):
     )
     try:
         found = None
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(2 * LIMIT):
             while says and not found:
                 found = re.search(says, (await process.stdout.readline()).decode())
         yield found and found[1]
@@ -2205,7 +2230,7 @@ class Firefox(Engine):
     async def run(self, script):
         what = {"expression": f"JSON.stringify({script})", "awaitPromise": False}
         answer = await self.call("script.evaluate", target=self.tab, **what)
-        return json.loads(answer["result"]["value"])
+        return json.loads(answer["result"].get("value", "null"))
 
     async def press(self, keys):
         await self.call("input.performActions", **self.tab, **self.pressing(keys))
@@ -2294,13 +2319,14 @@ class TestEngines(WithPages):
         await jack.shows("#users li", "Jack", "Jill")
 
     async def test_a_reload_is_back_at_once_under_its_name(self, jack, jill, line):
-        for _ in range(2):
-            line.fail("dark", links=line.sockets())
+        for is_lost in False, True, False:
+            if is_lost:
+                line.fail("dark", links=line.sockets())
             jill.say("missed")
             await jill.hear()
             await jack.go(f"http://127.0.0.1:{line.port}")
             await jack.shows("#status", "Online")
-        await jack.shows("#log p", "missed", "missed")
+        await jack.shows("#log p", *["missed"] * 3)
         await jack.shows("#log time")  # none
 
     async def test_after_a_loss_all_that_was_said_is_heard_once(self, jack, jill, line):
@@ -2318,7 +2344,9 @@ class TestEngines(WithPages):
         heard = ["Jack: one", "Jack: one", "Jill: two", "Jack: end"]
         assert await jill.hear(4) == heard
 
-    async def test_the_end_stays_in_view_and_nothing_is_cut(self, jack, jill):
+    async def test_the_end_stays_in_view_and_nothing_is_cut(
+        self, jack, jill, line, monkeypatch
+    ):
         jill.say(*[f"{i} " + "long " * 50 for i in range(30)])
         jill.say("x" * 60 + " \u05d0\u05d1\u05d2 \u05d3\u05d4\u05d5")  # Hebrew
         log = "document.querySelector('#log')"
@@ -2350,6 +2378,13 @@ class TestEngines(WithPages):
             return box.x >= 0 && box.right <= innerWidth && box.bottom <= innerHeight;
         })"""
         await jack.gives(inside)
+        monkeypatch.setattr(chat, "MAX_KEPT", 1000)
+        line.fail("dark")
+        jill.say(*map(str, range(50)))
+        await jill.hear(50)
+        await jack.run("dispatchEvent(new Event('online'))")
+        await jack.shows("#log > p", "Some messages are missing here")
+        assert await jack.run(f"{log}.querySelector(':scope > p').offsetHeight") > 15
 
 
 if __name__ == "__main__":
