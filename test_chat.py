@@ -1217,9 +1217,9 @@ class Line:
             "up": self.new,
             "down": self.new,
             "first": b"",
-            "thawed": asyncio.Event(),
+            "ends": (near[1], far[1]),
         }
-        link["ends"] = near[1], far[1]
+        link["thawed"] = asyncio.Event()
         self.links.append(link)
         up = self.pass_on(link, "up", near[0], far[1])
         await asyncio.gather(up, self.pass_on(link, "down", far[0], near[1]))
@@ -1287,10 +1287,8 @@ class Tab:
         page.on("pageerror", lambda it: self.errors.append(str(it)))
         self.name, self.box = self("textbox", "User name"), self("textbox", "Message")
         self.enter, self.logoff = self("button", "Login"), self("button", "Log off")
-        self.send, self.refresh = (
-            self("button", "Send"),
-            self("button", "Refresh users"),
-        )
+        self.send = self("button", "Send")
+        self.refresh = self("button", "Refresh users")
         self.status, self.notice, self.log = self("status"), self("alert"), self("log")
         self.list = self("list", "Users")
         self.users = self.list.get_by_role("listitem")
@@ -1431,9 +1429,7 @@ class TestPage(WithPages):
 
     # Logging in, and staying in
 
-    async def test_it_works_by_keyboard_alone_and_says_what_can_be_done(
-        self, tab, port
-    ):
+    async def test_it_works_by_keyboard_and_says_what_can_be_done(self, tab, port):
         keyboard = tab.page.keyboard
         await expect(tab.name).to_be_focused()
         for button in tab.logoff, tab.send:
@@ -1576,6 +1572,10 @@ class TestPage(WithPages):
         await jack.online()
         await expect(jack.notice).to_be_empty()
 
+    async def test_what_the_chat_itself_refuses_is_final(self, jack, line):
+        async with line.ends_at(403, "text/plain"):
+            await jack.offline("Logged off: Sorry")
+
     async def test_if_somebody_else_has_the_name_it_stays_out(self, jack, port, line):
         line.fail("dark", "up")
         await jack.say("one", "two")
@@ -1637,9 +1637,7 @@ class TestPage(WithPages):
         await tab.online()
         assert len(tab.sockets) == 1
 
-    async def test_when_the_network_changes_it_reconnects_at_once(
-        self, jack, jill, line
-    ):
+    async def test_on_another_network_it_reconnects_at_once(self, jack, jill, line):
         await jill.told("Jack", "Jill")
         line.fail("dark")
         jill.say("missed")
@@ -1723,9 +1721,7 @@ class TestPage(WithPages):
         await tab.say("end")
         assert await jill.hear() == ["Jack: end"]
 
-    async def test_what_an_old_connection_still_brings_is_ignored(
-        self, jack, jill, line
-    ):
+    async def test_what_an_old_one_still_brings_is_ignored(self, jack, jill, line):
         line.fail("frozen", "down")
         jill.say("once")
         await jill.hear()
@@ -1745,9 +1741,8 @@ class TestPage(WithPages):
         def down(_, text):
             if is_place := text.startswith("{{Here"):
                 places.append(text)
-            return (
-                not is_place or len(places) < 4
-            )  # of the second connection, the answer
+            # The answer on the second connection is kept back.
+            return not is_place or len(places) < 4
 
         ends = await tab.with_mail(down=down)
         await tab.login()
@@ -1942,9 +1937,7 @@ class TestPage(WithPages):
 
     # Drawing
 
-    async def test_a_message_shows_author_and_time_and_own_ones_differ(
-        self, jack, jill
-    ):
+    async def test_a_message_has_author_and_time_and_own_ones_differ(self, jack, jill):
         jill.say("hello: you\nJack: I am not Jack")
         await jack.hears("hello: you\nJack: I am not Jack")
         await jack.say("hi")
@@ -1983,9 +1976,7 @@ class TestPage(WithPages):
         assert await new.evaluate("opener") is None
         await jack.online()
 
-    async def test_names_and_texts_keep_direction_and_marks_to_themselves(
-        self, jack, port
-    ):
+    async def test_texts_keep_direction_and_marks_to_themselves(self, jack, port):
         hebrew = "\u05d0\u05d1\u05d2"
         jill = await Peer.login(port, hebrew + " " + "x\u0301" * 14)
         stacked = await Peer.login(port, "z" + "\u0301\u0323" * 15)
@@ -2063,9 +2054,7 @@ class TestPage(WithPages):
         await expect(jack.entries).to_have_count(1000)
         assert await jack.run("drawings") < 1000
 
-    async def test_a_storm_of_the_largest_leaves_it_responsive(
-        self, jack, browser, port
-    ):
+    async def test_a_storm_of_the_largest_is_bearable(self, jack, browser, port):
         devtools = await jack.page.context.new_cdp_session(jack.page)
         machine = await browser.new_browser_cdp_session()
         listed = await machine.send("SystemInfo.getProcessInfo")
@@ -2344,9 +2333,7 @@ class TestEngines(WithPages):
         heard = ["Jack: one", "Jack: one", "Jill: two", "Jack: end"]
         assert await jill.hear(4) == heard
 
-    async def test_the_end_stays_in_view_and_nothing_is_cut(
-        self, jack, jill, line, monkeypatch
-    ):
+    async def test_nothing_is_cut_off(self, jack, jill, line, monkeypatch):
         jill.say(*[f"{i} " + "long " * 50 for i in range(30)])
         jill.say("x" * 60 + " \u05d0\u05d1\u05d2 \u05d3\u05d4\u05d5")  # Hebrew
         log = "document.querySelector('#log')"
