@@ -46,7 +46,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     finally:
         room.leave(user)
         # aiohttp has closed it, but asyncio waits for a peer that does not take the rest.
-        asyncio.get_running_loop().call_later(2, user.cut_off)
+        asyncio.get_running_loop().call_later(2, cut_off, user.transport)
     return user
 
 
@@ -88,6 +88,7 @@ class User(web.WebSocketResponse):
 
     async def read(self) -> AsyncIterator[tuple[WSMsgType, bytes]]:
         """Yield the kind and the bytes of each text and binary message; answer pings."""
+        await self.pay(0)  # what an older connection of this user owes
         async for kind, data, _ in self:
             if kind is WSMsgType.ERROR:
                 return  # a broken frame: aiohttp has closed the connection
@@ -119,19 +120,21 @@ class User(web.WebSocketResponse):
         transport = self.transport
         return not (transport.get_write_buffer_size() or transport.is_closing())
 
-    def cut_off(self) -> None:
-        """End the connection now, with what the peer has not taken."""
-        with suppress(AttributeError):  # asyncio raises it if all was taken meanwhile
-            self.transport.abort()
-
     def here(self) -> bytes:
         """Return the frame that tells the place: the next message is one more."""
         return frame(WSMsgType.TEXT, b"{{Here %d}}" % self.place)
 
 
+def cut_off(transport: asyncio.Transport) -> None:
+    """End a connection now, with what the peer has not taken."""
+    with suppress(AttributeError):  # asyncio raises it if all was taken meanwhile
+        transport.abort()
+
+
 # 3. The room: who is here, and what was said
 
 MAX_BATCH = 80 * KIB  # bytes; above, a batch is written at once
+MAX_WAIT = 0.002  # seconds that a batch waits for more
 MAX_KEPT = 4 * MIB  # bytes of messages that are kept
 
 
@@ -208,18 +211,20 @@ class Room:
             self.flush()
         elif not self.waiting:
             self.waiting = True
-            asyncio.get_running_loop().call_soon(self.flush_when_quiet, self.flushed)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self.flush_when_quiet, self.flushed, loop.time() + MAX_WAIT)
 
-    def flush_when_quiet(self, seen: int) -> None:
+    def flush_when_quiet(self, seen: int, until: float) -> None:
         """Flush in the first iteration of the event loop in which nothing was said.
 
         A write to a socket costs the same for one message as for fifty, so it pays to wait
-        for those that are under way. No timer is needed: when nobody else talks, a message
-        leaves in the next iteration; the busier the room, the more messages share a write.
+        for those that are under way. When nobody else talks, there are none, and a message
+        leaves at once; the busier the room, the more messages share a write.
         """
-        self.waiting = self.last > seen
+        loop = asyncio.get_running_loop()
+        self.waiting = self.last > seen and loop.time() < until
         if self.waiting:
-            asyncio.get_running_loop().call_soon(self.flush_when_quiet, self.last)
+            loop.call_soon(self.flush_when_quiet, self.last, until)
         else:
             self.flush()
 
@@ -270,16 +275,17 @@ class Room:
     # place: the messages are kept in the room, once for all.
 
     def catch_up(self, user: User) -> None:
-        """Write the next 16 KiB that `user` lacks, if it is ready; then let others run."""
+        """Write the next 16 KiB, or 256 messages, of what `user` lacks, if it is ready."""
         if self.users.get(user.name) is not user:
             return
         loop, user.behind = asyncio.get_running_loop(), True
         hole = user.place < self.forgotten
         if hole and user.after is None:  # it knows no numbers, and would not see it
             self.leave(user, "was let go: too far behind")
-            return user.cut_off()
+            return cut_off(user.transport)
         if not user.is_ready():  # look again: only aiohttp is told when it is
-            loop.call_later(0.05, self.catch_up, user)
+            pause = max(0.05, len(self.users) / 10_000)  # seconds
+            loop.call_later(pause, self.catch_up, user)
             return
         piece = bytearray()
         if hole:  # go on with the newer half: the oldest would soon be forgotten, too
@@ -290,7 +296,8 @@ class Room:
         if user.to_notify:
             piece += frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
             user.to_notify = False
-        while user.place < self.last and len(piece) < 16 * KIB:
+        end = min(self.last, user.place + 256)  # so that others run in between
+        while user.place < end and len(piece) < 16 * KIB:
             user.place += 1
             piece += self.messages[user.place]
         user.transport.write(piece)
@@ -389,12 +396,14 @@ def from_operator(request: web.Request) -> bool:
     """Tell whether somebody on this machine, and no page, sent `request`."""
     headers = request.headers
     proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "Via"))
+    prefetched = "Sec-Purpose" in headers  # any page can have its browser do that
     # Browsers tell whose page caused a request. This one's may, too: a link that was said.
     typed = headers.get("Sec-Fetch-Site", "none") == "none"
     # A foreign site may have its name lead here (DNS rebinding): it stands in Host then.
     addresses = {request.remote, re.sub(r":\d*$", "", headers.get("Host", ""))}
     local = addresses <= {"127.0.0.1", "::1", "[::1]", "localhost"}
-    return local and typed and not proxied and not is_cross_origin(request)
+    refused = proxied or prefetched or is_cross_origin(request)
+    return local and typed and not refused
 
 
 # 7. Serving
@@ -452,8 +461,9 @@ def serve(app: web.Application, host: str, port: int) -> None:
         raise SystemExit(f"Cannot serve {host}:{port}: no such address")
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
-    logging.getLogger("aiohttp.server").addFilter(  # no tracebacks for broken HTTP
-        lambda r: not (r.exc_info and isinstance(r.exc_info[1], HttpProcessingError))
+    noise = (HttpProcessingError, ConnectionError)  # of clients: no tracebacks of it
+    logging.getLogger("aiohttp.server").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], noise))
     )
     with suppress(AttributeError):  # Windows has no SIGHUP; under nohup it is ignored
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:

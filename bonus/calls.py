@@ -107,7 +107,7 @@ class Call:
         if member is None:
             return
         if member.transport.get_write_buffer_size() > MAX_BEHIND:
-            member.cut_off()
+            chat.cut_off(member.transport)
         if not (member.closed or member.transport.is_closing()):
             member.transport.write(chat.frame(WSMsgType.TEXT, text))
 
@@ -167,7 +167,7 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
             call.changed()
         if not call.members and calls.get(call_id) is call:
             del calls[call_id]
-        asyncio.get_running_loop().call_later(2, member.cut_off)  # seconds
+        asyncio.get_running_loop().call_later(2, chat.cut_off, member.transport)
     return member
 
 
