@@ -304,7 +304,7 @@ class Window(tk.Tk):
         self.bold.configure(weight="bold")
         self.messages.tag_configure("time", foreground="#5f6368", spacing1=3)
         self.messages.configure(tabs="15m")
-        self.messages.tag_configure("text", lmargin1="15m", lmargin2="15m")
+        self.messages.tag_configure("text", lmargin1="18m", lmargin2="18m")
         for color in COLORS:
             self.messages.tag_configure(color, foreground=color, font=self.bold)
 
