@@ -1386,8 +1386,7 @@ class Tab:
         )
 
 
-@pytest.fixture(scope="session")
-def playwright_starts():
+def check_playwright():
     """Skip where Playwright's own node lacks a library, before each test waits for it."""
     version = [sys.executable, "-m", "playwright", "--version"]
     ran = subprocess.run(version, check=False, capture_output=True, timeout=LIMIT)
@@ -1396,8 +1395,9 @@ def playwright_starts():
 
 
 @pytest_asyncio.fixture(loop_scope="class", scope="class")
-async def browser(playwright_starts):
+async def browser():
     """Playwright's own Chromium if it is there, else what the machine has."""
+    check_playwright()
     async with async_playwright() as player:
         names = "chromium", "chromium-browser", "google-chrome", "chrome"
         path = next(filter(None, map(shutil.which, names)), None)

@@ -42,7 +42,7 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Locator, Page, async_playwright, expect
 from yarl import URL
 
-from test_chat import program, unable
+from test_chat import check_playwright, program, unable
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # a browser starts slowly
 on_page = pytest.mark.page
@@ -933,6 +933,7 @@ async def test_several_processes_need_a_folder_that_they_share():
 @asynccontextmanager
 async def chromium(*arguments: str) -> AsyncIterator[Browser]:
     """Playwright's own Chromium if it is there, else what the machine has."""
+    check_playwright()
     async with async_playwright() as player:
         names = "chromium", "chromium-browser", "google-chrome", "chrome"
         path = next(filter(None, map(shutil.which, names)), None)
