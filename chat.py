@@ -73,16 +73,12 @@ class User(web.WebSocketResponse):
             max_msg_size=MAX_MESSAGE + 1,  # the least size that closes with 1009
         )
         self.name, self.transport = name, transport
-        self.key, self.turn = (
-            "",
-            0,
-        )  # the same key is the same user, on a later connection
-        self.after: int | None = None  # the number that the client wants to go on after
+        self.key = ""  # who comes with the same name and key is the same user
+        self.turn = 0  # which of that user's connections this is
+        self.after: int | None = None  # the number of the last message it has heard
         self.place = 0  # the number of the last message written to the transport
-        self.behind = (
-            True  # it has to catch up, or has not begun: flush() leaves it out
-        )
-        self.asked: list[int] = []  # for each open question, the place for the answer
+        self.behind = True  # it has not begun, or catch_up() is under way
+        self.asked: list[int] = []  # places at which it is told that it is there
         self.to_notify = False  # that the list of users has changed
         self.credit, self.paid_at = float(BURST), time.monotonic()
 
@@ -106,7 +102,7 @@ class User(web.WebSocketResponse):
         now = time.monotonic()
         self.credit = min(BURST, self.credit + RATE * (now - self.paid_at)) - size
         self.paid_at = now
-        if self.credit < 0 and not self.transport.is_closing():
+        if self.credit < 0:
             await asyncio.sleep(-self.credit / RATE)
 
     def replace(self, old: "User") -> None:
@@ -154,16 +150,12 @@ class Room:
 
     def __init__(self) -> None:
         self.users: dict[str, User] = {}  # by name, in order of login
-        self.messages: dict[
-            int, bytes
-        ] = {}  # the ones that are kept, as frames, by number
+        self.messages: dict[int, bytes] = {}  # frames by number: those that are kept
         self.size = 0  # bytes in them, and 64 more for each, since Python adds some
         # The clock gives the first number: after a restart, no number comes again.
         self.last = time.time_ns() // 1000  # the number of the last message
-        self.forgotten = self.last  # the number of the last message that is not kept
-        self.flushed = (
-            self.last
-        )  # the number of the last message that flush() has written
+        self.forgotten = self.last  # of the last one that is not kept any more
+        self.flushed = self.last  # of the last one that flush() has written
         self.batch = bytearray()  # the messages after that one
         self.waiting = False  # for an iteration that brings nothing new
         self.announcing = False  # announce() will be called
@@ -288,20 +280,21 @@ class Room:
             loop.call_later(pause, self.catch_up, user)
             return
         piece = bytearray()
-        if hole:  # go on with the newer half: the oldest would soon be forgotten, too
-            user.place = self.last - len(self.messages) // 2
-        if hole or any(number <= user.place for number in user.asked):
-            piece += user.here()
-            user.asked = [number for number in user.asked if number > user.place]
         if user.to_notify:
             piece += frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
             user.to_notify = False
+        if hole:  # go on with the newer half: the oldest would soon be forgotten, too
+            user.place = self.last - len(self.messages) // 2
+            piece += user.here()
         end = min(self.last, user.place + 256)  # so that others run in between
         while user.place < end and len(piece) < 16 * KIB:
             user.place += 1
             piece += self.messages[user.place]
+        if any(number <= user.place for number in user.asked):
+            piece += user.here()
+            user.asked = [number for number in user.asked if number > user.place]
         user.transport.write(piece)
-        user.behind = user.place < self.last or bool(user.asked)
+        user.behind = user.place < self.last
         if user.behind:
             loop.call_soon(self.catch_up, user)
 
@@ -341,7 +334,8 @@ class Room:
         What its older connection said is before the answer, as that says nothing more. So
         what the page has not heard back by then was never said, and it says that again.
         """
-        user.asked.append(self.last)
+        # The oldest question, and the newest for all others: they may be many.
+        user.asked[1:] = [self.last]
         if not user.behind:
             self.catch_up(user)
 
