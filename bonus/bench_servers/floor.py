@@ -1,8 +1,8 @@
 """The floor: a bare epoll loop, no more than the system calls a chat cannot do without.
 
 It accepts, receives and sends the same bytes as a chat, but trusts everyone and checks
-nothing. What is said in one pass of the loop leaves in one write to each user or, with
---each, in a write for each message, as in most servers.
+nothing. What is said until a pass of the loop brings no more leaves in one write to each
+user or, with --each, in a write for each message, as in most servers.
 
 Run by bench.py: python floor.py [--each] PORT
 """
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 BACKLOG = 1024
+MAX_PENDING = 2000  # frames; with more, nobody waits for others
 
 
 class User:
@@ -72,9 +73,10 @@ def serve(port: int, each: bool) -> None:
     poll = select.epoll()
     poll.register(listening, select.EPOLLIN)
     users: dict[int, User] = {}
+    pending: list[bytes] = []  # frames to be written
     while True:
         frames: list[bytes] = []
-        for fd, events in poll.poll():
+        for fd, events in poll.poll(0 if pending else None):
             if fd == listening.fileno():
                 connection = listening.accept()[0]
                 users[connection.fileno()] = User(connection, poll)
@@ -90,9 +92,12 @@ def serve(port: int, each: bool) -> None:
                     frames += user.said(received)
                 else:
                     user.shake_hands(received)
-        for batch in frames if each else [b"".join(frames)] if frames else []:
-            for user in users.values():
-                user.write(batch)
+        pending += frames
+        if pending and (each or not frames or len(pending) > MAX_PENDING):
+            for batch in pending if each else [b"".join(pending)]:
+                for user in users.values():
+                    user.write(batch)
+            pending.clear()
 
 
 serve(int(sys.argv[-1]), each="--each" in sys.argv)
