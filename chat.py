@@ -1,12 +1,12 @@
 """The smallest real chat: one room over WebSockets (RFC 6455), at http://localhost:8080.
 
-Each message gets a number and is kept for a while. Of each user, the room knows the place:
-the number of the last message that was written to its connection. So whoever reads slowly,
-or has lost the connection and comes back, simply goes on from there.
+Each message gets a number and is kept for a while, and each user has a place: the number of
+the last message that was written to its connection. Who reads slowly goes on from there; who
+has lost the connection and comes back, from the last message that it heard.
 
-Read from the top. Chapters 1 to 3 are a whole chat. Each of the next three answers one thing
-that goes wrong in a simple one: somebody reads slowly, comes back, or is not who may come in.
-The last one serves it all. There are no passwords, and nothing is stored on a disk.
+Read from the top. Chapters 1 to 3 are the chat. Each of the next three answers one thing that
+goes wrong in a simple one: somebody reads slowly, comes back, or is not who may come in. The
+last one serves it all. There are no passwords, and nothing is stored on a disk.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import html
 import logging
 import re
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -34,7 +35,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     """Log a user in, pass on what is said, log the user off: a task for each connection."""
     room = request.app[ROOM]
     user = admit(request)  # or raise a refusal, which ends it here
-    await room.enter(user)
+    await room.enter(user)  # first of all, or two could get the same name
     try:
         await user.prepare(request)  # answers the handshake: now it is a WebSocket
         room.begin(user)
@@ -45,7 +46,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 room.answer(user)
     finally:
         room.leave(user)
-        # aiohttp has closed it, but asyncio waits for a peer that does not take the rest.
+        # Closed is not gone: asyncio first waits until the peer has taken what was written.
         asyncio.get_running_loop().call_later(2, cut_off, user.transport)
     return user
 
@@ -70,17 +71,17 @@ class User(web.WebSocketResponse):
             timeout=2,  # seconds that a peer has to answer a close frame
             autoping=False,  # read() answers pings, which have a price
             compress=False,  # the same message is the same bytes for everyone
-            max_msg_size=MAX_MESSAGE + 1,  # the least size that closes with 1009
+            max_msg_size=MAX_MESSAGE + 1,  # what is as long as this is refused: 1009
         )
         self.name, self.transport = name, transport
-        self.key = ""  # who comes with the same name and key is the same user
-        self.turn = 0  # which of that user's connections this is
-        self.after: int | None = None  # the number of the last message it has heard
+        self.credit, self.paid_at = float(BURST), time.monotonic()  # in bytes, seconds
         self.place = 0  # the number of the last message written to the transport
-        self.behind = True  # it has not begun, or catch_up() is under way
-        self.asked: list[int] = []  # places at which it is told that it is there
+        self.catching_up = True  # what it lacks is being written, or it has not begun
         self.to_notify = False  # that the list of users has changed
-        self.credit, self.paid_at = float(BURST), time.monotonic()
+        # What chapter 5 needs:
+        self.key, self.turn = "", 0  # who it is, and which of its connections this is
+        self.after: int | None = None  # the number of the last message that it heard
+        self.questions: list[int] = []  # for each, the place at which to answer
 
     async def read(self) -> AsyncIterator[tuple[WSMsgType, bytes]]:
         """Yield the kind and the bytes of each text and binary message; answer pings."""
@@ -88,7 +89,7 @@ class User(web.WebSocketResponse):
         async for kind, data, _ in self:
             if kind is WSMsgType.ERROR:
                 return  # a broken frame: aiohttp has closed the connection
-            price = 4 * KIB  # for an answer, which is a write of its own
+            price = 4 * KIB  # since a pong, or an answer, is a write of its own
             if kind is WSMsgType.TEXT:
                 data, price = data.encode(), 64  # so that empty ones are not free
             elif kind is WSMsgType.PING and self.is_ready():
@@ -108,8 +109,8 @@ class User(web.WebSocketResponse):
     def replace(self, old: "User") -> None:
         """Close this user's older connection; its bucket is taken over as it is."""
         self.credit, self.paid_at = old.credit, old.paid_at
-        reason = b"logged in again elsewhere"
-        self.closing = asyncio.create_task(old.close(code=1000, message=reason))
+        closing = old.close(code=1000, message=b"logged in again elsewhere")
+        self.closing = asyncio.create_task(closing)  # asyncio itself keeps no task
 
     def is_ready(self) -> bool:
         """Tell whether this is open, and the kernel has taken all that was written."""
@@ -122,8 +123,8 @@ class User(web.WebSocketResponse):
 
 
 def cut_off(transport: asyncio.Transport) -> None:
-    """End a connection now, with what the peer has not taken."""
-    with suppress(AttributeError):  # asyncio raises it if all was taken meanwhile
+    """End a connection now, and drop what the peer has not taken."""
+    with suppress(AttributeError):  # asyncio raises it if it has ended already
         transport.abort()
 
 
@@ -137,8 +138,8 @@ MAX_KEPT = 4 * MIB  # bytes of messages that are kept
 def frame(kind: WSMsgType, payload: bytes) -> bytes:
     """Return a frame of under 64 KiB as a server sends it (RFC 6455, section 5.2).
 
-    aiohttp would make one for each user. But a server masks nothing, and this one does not
-    compress: the bytes are the same for everyone, so they are made once.
+    It is neither masked nor compressed, so the same bytes do for everyone, and are made
+    once. aiohttp would make them for each user.
     """
     size = len(payload)
     length = [size] if size < 126 else [126, *size.to_bytes(2, "big")]
@@ -154,23 +155,17 @@ class Room:
         self.size = 0  # bytes in them, and 64 more for each, since Python adds some
         # The clock gives the first number: after a restart, no number comes again.
         self.last = time.time_ns() // 1000  # the number of the last message
-        self.forgotten = self.last  # of the last one that is not kept any more
-        self.flushed = self.last  # of the last one that flush() has written
+        self.forgotten = self.last  # the number of the last one that is not kept
+        self.flushed = self.last  # the number of the last one that flush() wrote
         self.batch = bytearray()  # the messages after that one
-        self.waiting = False  # for an iteration that brings nothing new
-        self.announcing = False  # announce() will be called
+        self.flush_is_due = self.announce_is_due = False
 
     def names(self) -> list[str]:
         """Return the names of all who are logged in, in order of login."""
         return list(self.users)
 
     async def enter(self, user: User) -> None:
-        """Log `user` in, or raise HTTPConflict.
-
-        Nothing in here suspends, so nobody comes between looking a name up and taking it.
-        """
-        if not self.is_free_for(user):
-            raise web.HTTPConflict(text=f"User {user.name} already logged in")
+        """Log `user` in. Nothing suspends since admit() has found the name free."""
         old = self.users.get(user.name)
         self.users[user.name] = user
         if old is None:
@@ -201,21 +196,21 @@ class Room:
         self.batch += message
         if len(self.batch) > MAX_BATCH:
             self.flush()
-        elif not self.waiting:
-            self.waiting = True
+        elif not self.flush_is_due:
+            self.flush_is_due = True
             loop = asyncio.get_running_loop()
             loop.call_soon(self.flush_when_quiet, self.flushed, loop.time() + MAX_WAIT)
 
     def flush_when_quiet(self, seen: int, until: float) -> None:
-        """Flush in the first iteration of the event loop in which nothing was said.
+        """Flush, unless messages have come after number `seen`: then look again soon.
 
-        A write to a socket costs the same for one message as for fifty, so it pays to wait
-        for those that are under way. When nobody else talks, there are none, and a message
-        leaves at once; the busier the room, the more messages share a write.
+        A write to a socket costs the same for one message as for fifty. So a batch waits as
+        long as each iteration of the event loop brings more: in a quiet room, none does,
+        and in a busy one, many messages share a write.
         """
         loop = asyncio.get_running_loop()
-        self.waiting = self.last > seen and loop.time() < until
-        if self.waiting:
+        self.flush_is_due = self.last > seen and loop.time() < until
+        if self.flush_is_due:
             loop.call_soon(self.flush_when_quiet, self.last, until)
         else:
             self.flush()
@@ -225,31 +220,27 @@ class Room:
         batch, before = bytes(self.batch), self.flushed
         self.batch, self.flushed = bytearray(), self.last
         for user in list(self.users.values()):
-            if user.place == before and user.is_ready():
+            if user.place == before and user.is_ready() and not user.to_notify:
                 user.transport.write(batch)
                 user.place = self.last
-            elif not user.behind:
+            elif not user.catching_up:
                 self.catch_up(user)
 
     def changed(self, name: str, how: str) -> None:
-        """Log who came or went, and have it announced, once for all changes till then.
-
-        Everyone then asks for the list, so the larger the room, the rarer that may be.
-        """
+        """Log who came or went, and have it announced, once for all changes until then."""
         log.info("%s %s, %d here", name, how, len(self.users))
-        if not self.announcing:
-            self.announcing = True
+        if not self.announce_is_due:
+            self.announce_is_due = True
+            # Everyone then asks for the list: the larger the room, the rarer that may be.
             pause = max(0.1, len(self.users) / 1000)  # seconds
             asyncio.get_running_loop().call_later(pause, self.announce)
 
     def announce(self) -> None:
         """Tell everyone that the list of users has changed."""
-        self.announcing = False
-        self.flush()
-        for user in list(self.users.values()):
+        self.announce_is_due = False
+        for user in self.users.values():
             user.to_notify = True
-            if not user.behind:
-                self.catch_up(user)
+        self.flush()
 
     async def close(self, code: int, reason: str) -> None:
         """Log everyone off; takes 2 s at most, the `timeout` of a user."""
@@ -270,12 +261,12 @@ class Room:
         """Write the next 16 KiB, or 256 messages, of what `user` lacks, if it is ready."""
         if self.users.get(user.name) is not user:
             return
-        loop, user.behind = asyncio.get_running_loop(), True
+        loop, user.catching_up = asyncio.get_running_loop(), True
         hole = user.place < self.forgotten
-        if hole and user.after is None:  # it knows no numbers, and would not see it
+        if hole and user.after is None:  # it does not count, and would not see the hole
             self.leave(user, "was let go: too far behind")
             return cut_off(user.transport)
-        if not user.is_ready():  # look again: only aiohttp is told when it is
+        if not user.is_ready():  # look again later: asyncio tells only aiohttp
             pause = max(0.05, len(self.users) / 10_000)  # seconds
             loop.call_later(pause, self.catch_up, user)
             return
@@ -290,53 +281,51 @@ class Room:
         while user.place < end and len(piece) < 16 * KIB:
             user.place += 1
             piece += self.messages[user.place]
-        if any(number <= user.place for number in user.asked):
+        if any(place <= user.place for place in user.questions):
             piece += user.here()
-            user.asked = [number for number in user.asked if number > user.place]
+            user.questions = [place for place in user.questions if place > user.place]
         user.transport.write(piece)
-        user.behind = user.place < self.last
-        if user.behind:
+        user.catching_up = user.place < self.last
+        if user.catching_up:
             loop.call_soon(self.catch_up, user)
 
     # 5. Who comes back
     #
-    # When a phone changes its network, its connection is dead, but no one tells the server,
-    # which finds out by a ping, after 40 s. Its page asks, with a binary frame, and gets no
-    # answer. So it opens a new connection: `after` has the number of the last message that
-    # it heard, and `key` a secret of its own with a turn, one more for each connection.
-    # {{Here N}} comes first, after a hole, and as an answer: the next message is N + 1.
+    # A phone changes its network: its connection is dead, and the server finds out after
+    # 38 s, by a ping. The page asks, with a binary frame, and no answer comes. So it opens
+    # another connection, with `after`, the number of the last message that it heard, and
+    # with `key`, a secret of its own. From then on, what its old connection says is not
+    # heard, see say(). The page gets what it missed, and asks again. {{Here N}} answers,
+    # after all that was said before. What the page said and has not heard by then was never
+    # said, and it says that again; unless there was a hole, then the user has to decide.
 
     def is_free_for(self, user: User) -> bool:
-        """Tell whether nobody has the name, or the same user on a connection before this.
+        """Tell whether nobody has the name, or the same user on no later connection.
 
-        A login that was held up in the network has an earlier turn, and is refused.
+        So a login that was held up in the network does not throw out the one after it.
         """
         old = self.users.get(user.name)
         same = self.is_key_of(user.name, user.key)
-        return old is None or same and old.turn <= user.turn
+        return old is None or (same and old.turn <= user.turn)
 
     def is_key_of(self, name: str, key: str) -> bool:
         """Tell whether the user of that name is here and has this key, which proves it."""
-        return name in self.users and self.users[name].key == key != ""
+        return key != "" and name in self.users and self.users[name].key == key
 
     def begin(self, user: User) -> None:
         """Give `user` its place: at the end, or where it wants to go on."""
-        user.place, user.behind = self.last, False
+        user.place = self.last
         if user.after is not None:  # negative: so many before the end
             number = user.after if user.after >= 0 else self.last + user.after
             user.place = min(max(number, self.forgotten), self.last)
             user.transport.write(user.here())
-            self.catch_up(user)
+        self.catch_up(user)
 
     def answer(self, user: User) -> None:
-        """Tell `user` its place as soon as it has all that was said until now.
-
-        What its older connection said is before the answer, as that says nothing more. So
-        what the page has not heard back by then was never said, and it says that again.
-        """
-        # The oldest question, and the newest for all others: they may be many.
-        user.asked[1:] = [self.last]
-        if not user.behind:
+        """Tell `user` its place as soon as it has all that was said until now."""
+        # Of many questions, the oldest is kept, and the newest, which does for the others.
+        user.questions[1:] = [self.last]
+        if not user.catching_up:
             self.catch_up(user)
 
 
@@ -366,15 +355,20 @@ def admit(request: web.Request) -> User:
         user.after = int(query.get("after", ""))
     with suppress(ValueError):  # which aiohttp raises for a header that is not ASCII
         upgradable = user.can_prepare(request).ok
-    # Refuse it here, since enter() may replace somebody. If the name is not free, enter()
-    # says so: a page whose WebSocket was refused asks by plain HTTP why.
-    if not upgradable and request.app[ROOM].is_free_for(user):
+    # A page whose WebSocket was refused asks by plain HTTP why, so this comes first:
+    if not request.app[ROOM].is_free_for(user):
+        raise web.HTTPConflict(text=f"User {name} already logged in")
+    if not upgradable:  # refused here, since enter() may replace somebody
         headers = {"Connection": "Upgrade", "Upgrade": "websocket"}
         headers["Sec-WebSocket-Version"] = "13"
         raise web.HTTPUpgradeRequired(headers=headers, text="Connect with a WebSocket")
     # If a transport holds more than this, aiohttp's close() waits until it is taken, and
     # its timeout does not count. It never holds more: a batch, and some control frames.
     transport.set_write_buffer_limits(MIB)
+    # The kernel would hold megabytes, and a ping come behind them, too late for a pong.
+    with suppress(AttributeError, OSError):  # Windows has no such option
+        kernel = transport.get_extra_info("socket")
+        kernel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16 * KIB)
     return user
 
 
@@ -389,15 +383,15 @@ def is_cross_origin(request: web.Request) -> bool:
 def from_operator(request: web.Request) -> bool:
     """Tell whether somebody on this machine, and no page, sent `request`."""
     headers = request.headers
-    proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "Via"))
-    prefetched = "Sec-Purpose" in headers  # any page can have its browser do that
-    # Browsers tell whose page caused a request. This one's may, too: a link that was said.
+    # What proxies add, and what a browser does when a page has it prefetch something.
+    marks = ["Forwarded", "X-Forwarded-For", "X-Real-IP", "Via", "Sec-Purpose"]
+    marked = any(mark in headers for mark in marks) or is_cross_origin(request)
+    # "none": typed. A link that was said in the chat has "same-origin". curl sends nothing.
     typed = headers.get("Sec-Fetch-Site", "none") == "none"
     # A foreign site may have its name lead here (DNS rebinding): it stands in Host then.
     addresses = {request.remote, re.sub(r":\d*$", "", headers.get("Host", ""))}
     local = addresses <= {"127.0.0.1", "::1", "[::1]", "localhost"}
-    refused = proxied or prefetched or is_cross_origin(request)
-    return local and typed and not refused
+    return local and typed and not marked
 
 
 # 7. Serving

@@ -264,11 +264,6 @@ class ClusterRoom(chat.Room):
                 raise taken
         raise web.HTTPServiceUnavailable(text="The room cannot be reached just now")
 
-    def begin(self, user: chat.User) -> None:
-        """Give `user` its place, now that it has shaken hands."""
-        user.behind = False
-        super().begin(user)
-
     def is_free_for(self, user: chat.User) -> bool:
         """Tell whether the name is nobody's, in no process, or the same user's."""
         owner = self.everyone.get(user.name)
@@ -324,7 +319,6 @@ class ClusterRoom(chat.Room):
         if owner.process == self.stream.author:
             wish = self.pending.get(owner.login)
             if wish and not wish.user.transport.is_closing():
-                wish.user.behind = True  # so that nothing is written before begin()
                 self.users[name] = wish.user
                 wish.answered.set()
             else:
