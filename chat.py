@@ -267,7 +267,7 @@ class Room:
             self.leave(user, "was let go: too far behind")
             return cut_off(user.transport)
         if not user.is_ready():  # look again later: asyncio tells only aiohttp
-            pause = max(0.05, len(self.users) / 10_000)  # seconds
+            pause = max(0.01, len(self.users) / 10_000)  # seconds
             loop.call_later(pause, self.catch_up, user)
             return
         piece = bytearray()

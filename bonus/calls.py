@@ -20,9 +20,7 @@ import chat
 
 MAX_MEMBERS = 6  # of a call, in which everyone sends to everyone
 MAX_BEHIND = 2**20  # bytes not written to a member; above, the member is let go
-STAY = (
-    0.5  # seconds until all are told who came; most of who did not stay is never seen
-)
+STAY = 0.5  # seconds until all are told who came, and has not left again
 LIFETIME = 3600  # seconds for which the credentials of a relay are good
 
 Servers = list[tuple[str, str]]  # URLs, and their secrets
