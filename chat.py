@@ -76,12 +76,19 @@ class User(web.WebSocketResponse):
         self.name, self.transport = name, transport
         self.credit, self.paid_at = float(BURST), time.monotonic()  # in bytes, seconds
         self.place = 0  # the number of the last message written to the transport
-        self.catching_up = True  # what it lacks is being written, or it has not begun
+        self.catching_up = True  # catch_up() is going on, or is to begin
         self.to_notify = False  # that the list of users has changed
         # What chapter 5 needs:
         self.key, self.turn = "", 0  # who it is, and which of its connections this is
         self.after: int | None = None  # the number of the last message that it heard
-        self.questions: list[int] = []  # for each, the place at which to answer
+        self.questions: list[int] = []  # places at which to answer, two at most
+        # While a transport holds more than its limit, by default 64 KiB, aiohttp's close()
+        # waits, and its timeout does not count. A batch has up to 96.
+        transport.set_write_buffer_limits(MIB)
+        # The kernel would hold megabytes, and a ping come behind them, too late for a pong.
+        with suppress(AttributeError, OSError):  # Windows has no such option
+            kernel = transport.get_extra_info("socket")
+            kernel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16 * KIB)
 
     async def read(self) -> AsyncIterator[tuple[WSMsgType, bytes]]:
         """Yield the kind and the bytes of each text and binary message; answer pings."""
@@ -138,8 +145,8 @@ MAX_KEPT = 4 * MIB  # bytes of messages that are kept
 def frame(kind: WSMsgType, payload: bytes) -> bytes:
     """Return a frame of under 64 KiB as a server sends it (RFC 6455, section 5.2).
 
-    It is neither masked nor compressed, so the same bytes do for everyone, and are made
-    once. aiohttp would make them for each user.
+    It is neither masked nor compressed, so the same bytes do for everyone. They are made
+    once, and go past aiohttp, which would make them for each user; its own come between.
     """
     size = len(payload)
     length = [size] if size < 126 else [126, *size.to_bytes(2, "big")]
@@ -165,7 +172,7 @@ class Room:
         return list(self.users)
 
     async def enter(self, user: User) -> None:
-        """Log `user` in. Nothing suspends since admit() has found the name free."""
+        """Log `user` in. Nothing has suspended since admit() found the name free."""
         old = self.users.get(user.name)
         self.users[user.name] = user
         if old is None:
@@ -181,7 +188,7 @@ class Room:
             self.changed(user.name, how)
 
     async def say(self, user: User, text: bytes) -> None:
-        """Have everyone hear `text`, UTF-8, from `user`, if that one is still logged in."""
+        """Have everyone hear `text`, UTF-8; but not if another connection has the name."""
         if self.users.get(user.name) is user:
             self.add(frame(WSMsgType.TEXT, user.name.encode() + b": " + text))
 
@@ -197,12 +204,14 @@ class Room:
         if len(self.batch) > MAX_BATCH:
             self.flush()
         elif not self.flush_is_due:
-            self.flush_is_due = True
+            self.flush_is_due = (
+                True  # one iteration later at least: this message is new
+            )
             loop = asyncio.get_running_loop()
             loop.call_soon(self.flush_when_quiet, self.flushed, loop.time() + MAX_WAIT)
 
     def flush_when_quiet(self, seen: int, until: float) -> None:
-        """Flush, unless messages have come after number `seen`: then look again soon.
+        """Flush; but if messages came after number `seen`, look in the next iteration.
 
         A write to a socket costs the same for one message as for fifty. So a batch waits as
         long as each iteration of the event loop brings more: in a quiet room, none does,
@@ -216,7 +225,7 @@ class Room:
             self.flush()
 
     def flush(self) -> None:
-        """Write the batch to all who have what came before it; the others catch up."""
+        """Write the batch to all who lack it and nothing else; the others catch up."""
         batch, before = bytes(self.batch), self.flushed
         self.batch, self.flushed = bytearray(), self.last
         for user in list(self.users.values()):
@@ -266,9 +275,8 @@ class Room:
         if hole and user.after is None:  # it does not count, and would not see the hole
             self.leave(user, "was let go: too far behind")
             return cut_off(user.transport)
-        if not user.is_ready():  # look again later: asyncio tells only aiohttp
-            pause = max(0.01, len(self.users) / 10_000)  # seconds
-            loop.call_later(pause, self.catch_up, user)
+        if not user.is_ready():  # asyncio will tell aiohttp, but not us, so look again
+            loop.call_later(max(0.01, len(self.users) / 10_000), self.catch_up, user)
             return
         piece = bytearray()
         if user.to_notify:
@@ -291,13 +299,16 @@ class Room:
 
     # 5. Who comes back
     #
-    # A phone changes its network: its connection is dead, and the server finds out after
-    # 38 s, by a ping. The page asks, with a binary frame, and no answer comes. So it opens
-    # another connection, with `after`, the number of the last message that it heard, and
-    # with `key`, a secret of its own. From then on, what its old connection says is not
-    # heard, see say(). The page gets what it missed, and asks again. {{Here N}} answers,
-    # after all that was said before. What the page said and has not heard by then was never
-    # said, and it says that again; unless there was a hole, then the user has to decide.
+    # A phone changes its network, and its connection is dead. How does everyone hear exactly
+    # once what its user says?
+    # 1. The page asks, with a binary frame, and no answer comes. (The server's pings find it
+    #    out, too, after 38 s.) It keeps what it said until that comes back.
+    # 2. It opens another connection, with `after`, the number of the last message that it
+    #    heard, and with `key`, a secret of its own. So this one takes the name over,
+    # 3. and what the old connection says from then on, say() drops.
+    # 4. The page gets what it missed, and asks again. {{Here N}} comes after all of that.
+    # 5. What it said and has not heard by then was never said, and it says that again.
+    #    Unless {{Here}} told of a hole: then it may have been said, and the user decides.
 
     def is_free_for(self, user: User) -> bool:
         """Tell whether nobody has the name, or the same user on no later connection.
@@ -323,7 +334,7 @@ class Room:
 
     def answer(self, user: User) -> None:
         """Tell `user` its place as soon as it has all that was said until now."""
-        # Of many questions, the oldest is kept, and the newest, which does for the others.
+        # Of many, the oldest is kept, and the newest, which does for all between.
         user.questions[1:] = [self.last]
         if not user.catching_up:
             self.catch_up(user)
@@ -344,32 +355,27 @@ def admit(request: web.Request) -> User:
     query, transport = request.query, request.transport
     name = query.get("user", "").strip()
     parts = JOINER.split(name)
-    if transport is None or transport.is_closing() or is_cross_origin(request):
+    if transport is None or transport.is_closing():
+        raise web.HTTPForbidden  # which nobody is there to read
+    if is_cross_origin(request):
         raise web.HTTPForbidden(text="The pages of other sites may not log in")
     if len(name) > 32 or ":" in name or not all(p and p.isprintable() for p in parts):
         raise web.HTTPBadRequest(text="A name: 1 to 32 printable characters, no colon")
-    user, upgradable = User(name, transport), False
+    user = User(name, transport)
     if key := KEY.fullmatch(query.get("key", "")):
         user.key, user.turn = key[1], int(key[2] or 0)
     with suppress(ValueError):  # not an integer: as if it were not there
         user.after = int(query.get("after", ""))
-    with suppress(ValueError):  # which aiohttp raises for a header that is not ASCII
-        upgradable = user.can_prepare(request).ok
     # A page whose WebSocket was refused asks by plain HTTP why, so this comes first:
     if not request.app[ROOM].is_free_for(user):
         raise web.HTTPConflict(text=f"User {name} already logged in")
-    if not upgradable:  # refused here, since enter() may replace somebody
-        headers = {"Connection": "Upgrade", "Upgrade": "websocket"}
-        headers["Sec-WebSocket-Version"] = "13"
-        raise web.HTTPUpgradeRequired(headers=headers, text="Connect with a WebSocket")
-    # If a transport holds more than this, aiohttp's close() waits until it is taken, and
-    # its timeout does not count. It never holds more: a batch, and some control frames.
-    transport.set_write_buffer_limits(MIB)
-    # The kernel would hold megabytes, and a ping come behind them, too late for a pong.
-    with suppress(AttributeError, OSError):  # Windows has no such option
-        kernel = transport.get_extra_info("socket")
-        kernel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16 * KIB)
-    return user
+    with suppress(ValueError):  # which aiohttp raises for a header that is not ASCII
+        if user.can_prepare(request).ok:
+            return user
+    # Refused here, before enter() replaces somebody:
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    headers["Sec-WebSocket-Version"] = "13"
+    raise web.HTTPUpgradeRequired(headers=headers, text="Connect with a WebSocket")
 
 
 def is_cross_origin(request: web.Request) -> bool:
