@@ -204,10 +204,8 @@ class Room:
         if len(self.batch) > MAX_BATCH:
             self.flush()
         elif not self.flush_is_due:
-            self.flush_is_due = (
-                True  # one iteration later at least: this message is new
-            )
-            loop = asyncio.get_running_loop()
+            self.flush_is_due, loop = True, asyncio.get_running_loop()
+            # From `flushed` on, this message is new: so one iteration is waited for.
             loop.call_soon(self.flush_when_quiet, self.flushed, loop.time() + MAX_WAIT)
 
     def flush_when_quiet(self, seen: int, until: float) -> None:
