@@ -528,8 +528,7 @@ class TestPage(WithLines):
         await tab.online()
         assert len(ends) == 1
 
-    async def test_a_server_that_was_restarted_makes_a_hole(self, context, tmp_path):
-        tab = Tab(await context.new_page())
+    async def test_a_server_that_was_restarted_makes_a_hole(self, tab, tmp_path):
         async with running(tmp_path) as process:
             await tab.page.goto(f"http://127.0.0.1:{process.port}")
             await tab.login()
