@@ -14,7 +14,6 @@ import asyncio
 import gc
 import itertools
 import os
-import random
 import re
 import shutil
 import signal
@@ -45,7 +44,7 @@ try:
 
     expect.set_options(timeout=20_000)  # milliseconds
 except ImportError:  # the server is tested without them, too
-    playwright = None
+    playwright = expect = None
 
 pytestmark = pytest.mark.asyncio
 HERE = Path(__file__).parent
@@ -334,6 +333,7 @@ WAYS_TO_LEAVE = {
     "closing": lambda peer: peer.send(CLOSE, b"\x03\xe8"),  # 1000
     "vanishing": Peer.vanish,
     "hanging up": lambda peer: peer.writer.write_eof(),
+    "half a frame": lambda peer: (peer.writer.write(frame(TEXT)[:3]), peer.vanish()),
     "broken frame": lambda peer: peer.send(TEXT, b"\xff"),
     "too long": lambda peer: peer.say(LONGEST + "x"),
 }
@@ -658,23 +658,6 @@ class TestProtocol:
         jack.send(CLOSE)
         await jill.told("Jill")  # and soon
 
-    async def test_all_is_heard_once_by_all_however_connections_die(self, port):
-        count, seed = int(os.environ.get("TEXTS", "60")), random.randrange(10**6)
-        print(f"seed {seed}")
-        witness = Talker(port, "Witness")
-        await witness.come_back()
-        talkers = [Talker(port, f"Talker {i}") for i in range(6)]
-        talks = [t.talk(count, random.Random(seed + i)) for i, t in enumerate(talkers)]
-        await asyncio.gather(*talks)
-        await witness.come_back()
-        assert len(witness.heard) == 6 * count
-        for talker in talkers:
-            begin = witness.heard.index(talker.heard[0])
-            assert talker.heard == witness.heard[begin:][: len(talker.heard)]
-            mine = [m for m in witness.heard if m.startswith(f"{talker.name}: ")]
-            assert [int(m.split()[2]) for m in mine] == [*range(count)]
-        print(f"{sum(talker.turn - 1 for talker in talkers)} connections died")
-
     # 6. Who may come in, and who may throw out
 
     @pytest.mark.parametrize("request_, status, text", REQUESTS)
@@ -737,64 +720,6 @@ class TestProtocol:
             assert (await reset).body == "Users reseted"
             assert await silent.reader.read() == b""
         assert await users(port) == ["Silent"]
-
-
-class Talker:
-    """A user whose connections die, and who does about it what a page does."""
-
-    def __init__(self, port, name):
-        self.port, self.name, self.turn, self.number = port, name, 0, -50
-        self.heard, self.unheard = [], []
-
-    async def come_back(self):
-        """Connect, without a word to the old connection; say again what was not heard."""
-        self.turn += 1
-        key = f"the key of {self.name}.{self.turn}"
-        self.peer = await Peer.login(self.port, self.name, after=self.number, key=key)
-        place = await self.peer.here()
-        assert place == self.number or self.turn == 1, "messages are missing"
-        self.number = place
-        await self.catch_up()
-        self.peer.say(*self.unheard)
-
-    async def catch_up(self):
-        """Hear all that was said until now."""
-        self.peer.send(BINARY)
-        while not (message := (await self.peer.hear())[0]).startswith("{{Here"):
-            self.number += 1
-            self.heard.append(message)
-            name, _, text = message.partition(": ")
-            if name == self.name:
-                assert self.unheard.pop(0) == text, "lost, doubled or out of order"
-        assert message == f"{{{{Here {self.number}}}}}", "messages are missing"
-
-    async def talk(self, count, dice):
-        """Say so many texts while connections die in every way; until all are heard."""
-        await self.come_back()
-        for i in range(count):
-            self.unheard.append(text := f"{i} {'x' * dice.choice([0, 200, 5000])}")
-            old, way = self.peer, dice.randrange(12)
-            if way != 0:  # else it is lost on the way
-                old.say(text)
-            await asyncio.sleep(dice.choice([0, 0, 0.001, 0.02]))
-            if way == 1:
-                old.vanish()
-            elif way == 2:
-                old.writer.write(frame(TEXT, b"half a frame")[:9])
-                old.vanish()
-            elif way == 3:
-                old.writer.write_eof()
-            elif way in (4, 5):
-                old.stall()  # dark: nobody knows
-            elif way > 9:
-                await self.catch_up()
-            if way <= 5:
-                await self.come_back()
-            if way == 5:  # what was held up in the network arrives after all
-                old.say("too late")
-        await self.catch_up()
-        assert not self.unheard
-        await self.come_back()
 
 
 # 3. The room, as it is seen from inside the process
@@ -1079,8 +1004,7 @@ async def test_a_page_that_is_missing_is_500_and_in_the_log(tmp_path):
 async def test_hundreds_can_connect_while_the_server_is_busy(tmp_path):
     async with running(tmp_path) as process:
         process.send_signal(signal.SIGSTOP)
-        async with asyncio.timeout(LIMIT):
-            await asyncio.gather(*(Peer.connect(process.port) for _ in range(300)))
+        await soon(asyncio.gather(*(Peer.connect(process.port) for _ in range(300))))
 
 
 async def test_descriptors_are_used_up_before_newcomers_have_to_wait(tmp_path):
@@ -1309,31 +1233,6 @@ class TestPage(WithPages):
 
     # Talking
 
-    async def test_enter_sends_but_not_with_shift_nor_of_an_ime(self, jack):
-        await jack.box.type("one")
-        await jack.box.press("Shift+Enter")
-        await jack.box.type("two")
-        await jack.box.dispatch_event("keydown", {"key": "Enter", "isComposing": True})
-        await expect(jack.box).to_have_value("one\ntwo")
-        await jack.box.press("Enter")
-        await expect(jack.box).to_have_value("")
-        await jack.box.press("Enter")  # sends nothing
-        await jack.say("three")
-        await jack.hears("one\ntwo", "three")
-        assert await jack.texts.first.inner_text() == "one\ntwo"
-
-    async def test_on_a_phone_enter_breaks_the_line_and_send_sends(self, browser, url):
-        phone = {"is_mobile": True, "has_touch": True}
-        async with await browser.new_context(**phone) as context:
-            tab = Tab(await context.new_page())
-            await tab.page.goto(url)
-            await tab.login()
-            await tab.say("one")
-            await tab.box.type("two")
-            await tab.send.tap()
-            await tab.hears("one\ntwo")
-            assert await tab.texts.inner_text() == "one\ntwo"
-
     async def test_too_long_a_message_is_not_sent_and_it_says_by_how_much(self, jack):
         await jack.say("é" * 8191 + "xyz")  # 16 KiB and a byte
         await expect(jack.notice).to_contain_text("too long: 1 of")
@@ -1344,21 +1243,6 @@ class TestPage(WithPages):
         await jack.hears("é" * 2000 + "…")
         await expect(jack.notice).to_be_empty()
         await expect(jack.box).to_have_value("")
-
-    # The list of users
-
-    async def test_the_list_is_asked_for_once_a_change(self, jill, tab, port):
-        asked = []
-        await expect(tab.users).to_have_text(["Jill"])
-        tab.page.on("request", lambda it: "getUsers2" in it.url and asked.append(it))
-        await tab.login()
-        await expect(tab.users).to_have_text(["Jill", "Jack"])
-        joe = await Peer.login(port, "Joe")
-        await expect(tab.users).to_have_text(["Jill", "Jack", "Joe"])
-        await expect(tab.page.get_by_role("heading").last).to_have_text("Users 3")
-        joe.vanish()
-        await expect(tab.users).to_have_text(["Jill", "Jack"])
-        assert len(asked) == 3
 
     # Drawing
 

@@ -32,6 +32,7 @@ from redis import Redis, RedisError
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import cluster
+import test_page
 
 import test_chat
 from test_chat import LONGEST, NOTICE, UPGRADE, Peer, serving, users
@@ -179,7 +180,11 @@ async def port(shared_server, caplog):
 
 class TestProtocol(test_chat.TestProtocol):
     # It takes 40 seconds, and is about what a cluster does not touch.
-    test_who_is_dead_is_gone_within_45_seconds_but_not_who_says_much = None
+    test_who_is_dead_is_gone_within_45_seconds_but_no_talker = None
+
+
+class TestTalkers(test_page.TestTalkers):
+    """Their connections die here, too."""
 
 
 # One room

@@ -13,6 +13,7 @@ the main things. What is missing is said in the reason for skipping.
 import asyncio
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -32,10 +33,12 @@ import chat
 import test_chat
 from test_chat import (
     AT_END,
+    BINARY,
     DRAWN,
     LIMIT,
     LONGEST,
     NOTICE,
+    WAYS_TO_LEAVE,
     Peer,
     expect,
     fixture,
@@ -44,7 +47,8 @@ from test_chat import (
     until,
 )
 
-browser = test_chat.browser
+pytestmark = pytest.mark.asyncio
+browser, port, room = test_chat.browser, test_chat.port, test_chat.room
 ENTER, SHIFT = "\ue007", "\ue008"  # as WebDriver has them
 HOLE = "Some messages are missing here"
 UNUSUAL = {  # browsers
@@ -147,6 +151,78 @@ class Line:
             yield
             self.target = target
             self.cut()
+
+
+class Talker:
+    """A user whose connections die, and who does about it what a page does."""
+
+    def __init__(self, port, name):
+        self.port, self.name, self.turn, self.number = port, name, 0, -50
+        self.heard, self.unheard = [], []
+
+    async def come_back(self):
+        """Connect, without a word to the old connection; say again what was not heard."""
+        self.turn += 1
+        key = f"the key of {self.name}.{self.turn}"
+        self.peer = await Peer.login(self.port, self.name, after=self.number, key=key)
+        place = await self.peer.here()
+        assert place == self.number or self.turn == 1, "messages are missing"
+        self.number = place
+        await self.catch_up()
+        self.peer.say(*self.unheard)
+
+    async def catch_up(self):
+        """Hear all that was said until now."""
+        self.peer.send(BINARY)
+        while not (message := (await self.peer.hear())[0]).startswith("{{Here"):
+            self.number += 1
+            self.heard.append(message)
+            name, _, text = message.partition(": ")
+            if name == self.name:
+                assert self.unheard.pop(0) == text, "lost, doubled or out of order"
+        assert message == f"{{{{Here {self.number}}}}}", "messages are missing"
+
+    async def talk(self, count, dice):
+        """Say so many texts while connections die in every way; until all are heard."""
+        ways = [*WAYS_TO_LEAVE.values(), Peer.stall]
+        await self.come_back()
+        for i in range(count):
+            self.unheard.append(text := f"{i} {'x' * dice.choice([0, 200, 5000])}")
+            old, die = self.peer, dice.choice([*ways, *[None] * len(ways)])
+            if not die or dice.random() < 0.8:  # else it is lost on the way
+                old.say(text)
+            await asyncio.sleep(dice.choice([0, 0, 0.001, 0.02]))
+            if die:
+                die(old)
+                await self.come_back()
+            elif dice.random() < 0.3:
+                await self.catch_up()
+            if die is Peer.stall:  # what was held up in the network arrives after all
+                old.say("too late")
+        await self.catch_up()
+        assert not self.unheard
+        await self.come_back()
+
+
+class TestTalkers:
+    """On the wire, as in TestProtocol of test_chat.py."""
+
+    async def test_all_is_heard_once_by_all_however_connections_die(self, port):
+        count, seed = int(os.environ.get("TEXTS", "100")), random.randrange(10**6)
+        print(f"seed {seed}")
+        witness = Talker(port, "Witness")
+        await witness.come_back()
+        talkers = [Talker(port, f"Talker {i}") for i in range(6)]
+        talks = [t.talk(count, random.Random(seed + i)) for i, t in enumerate(talkers)]
+        await asyncio.gather(*talks)
+        await witness.come_back()
+        assert len(witness.heard) == 6 * count
+        for talker in talkers:
+            begin = witness.heard.index(talker.heard[0])
+            assert talker.heard == witness.heard[begin:][: len(talker.heard)]
+            mine = [m for m in witness.heard if m.startswith(f"{talker.name}: ")]
+            assert [int(m.split()[2]) for m in mine] == [*range(count)]
+        print(f"{sum(talker.turn - 1 for talker in talkers)} connections died")
 
 
 class Tab(test_chat.Tab):
@@ -555,7 +631,45 @@ class TestPage(WithLines):
         await expect(jack.box).to_have_value("one")
         await jill.told("Jill")
 
+    async def test_enter_sends_but_not_with_shift_nor_of_an_ime(self, jack):
+        await jack.box.type("one")
+        await jack.box.press("Shift+Enter")
+        await jack.box.type("two")
+        await jack.box.dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+        await expect(jack.box).to_have_value("one\ntwo")
+        await jack.box.press("Enter")
+        await expect(jack.box).to_have_value("")
+        await jack.box.press("Enter")  # sends nothing
+        await jack.say("three")
+        await jack.hears("one\ntwo", "three")
+        assert await jack.texts.first.inner_text() == "one\ntwo"
+
+    async def test_on_a_phone_enter_breaks_the_line_and_send_sends(self, browser, url):
+        phone = {"is_mobile": True, "has_touch": True}
+        async with await browser.new_context(**phone) as context:
+            tab = Tab(await context.new_page())
+            await tab.page.goto(url)
+            await tab.login()
+            await tab.say("one")
+            await tab.box.type("two")
+            await tab.send.tap()
+            await tab.hears("one\ntwo")
+            assert await tab.texts.inner_text() == "one\ntwo"
+
     # The list, and what other scripts and hidden tabs need
+
+    async def test_the_list_is_asked_for_once_a_change(self, jill, tab, port):
+        asked = []
+        await expect(tab.users).to_have_text(["Jill"])
+        tab.page.on("request", lambda it: "getUsers2" in it.url and asked.append(it))
+        await tab.login()
+        await expect(tab.users).to_have_text(["Jill", "Jack"])
+        joe = await Peer.login(port, "Joe")
+        await expect(tab.users).to_have_text(["Jill", "Jack", "Joe"])
+        await expect(tab.page.get_by_role("heading").last).to_have_text("Users 3")
+        joe.vanish()
+        await expect(tab.users).to_have_text(["Jill", "Jack"])
+        assert len(asked) == 3
 
     async def test_the_list_is_never_asked_for_twice_at_once(self, tab):
         asked = asyncio.Queue()
