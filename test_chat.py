@@ -38,13 +38,12 @@ from aiohttp import web
 import chat
 
 try:
-    import playwright.async_api
     from axe_playwright_python.async_playwright import Axe
-    from playwright.async_api import async_playwright, expect
+    from playwright.async_api import Error, async_playwright, expect
 
     expect.set_options(timeout=20_000)  # milliseconds
 except ImportError:  # the server is tested without them, too
-    playwright = expect = None
+    expect = None
 
 pytestmark = pytest.mark.asyncio
 HERE = Path(__file__).parent
@@ -217,7 +216,6 @@ class Peer:
         return int.from_bytes(answer[1][:2]), answer[1][2:].decode()
 
     def stall(self):
-        """Stop reading."""
         self.writer.transport.pause_reading()
 
     def resume(self):
@@ -242,11 +240,8 @@ async def login(port, *names, **query):
     return peers
 
 
-async def flood(listener, bursts):
-    """Have new users say 128 KiB each, which is their right; return what `listener` heard.
-
-    28 of them are 3.5 MiB, of the 4 MiB that are kept.
-    """
+async def flood(listener, bursts=28):  # 3.5 MiB, of the 4 MiB that are kept
+    """Have new users say 128 KiB each, which is their right; return what `listener` heard."""
     heard = []
     for name in [f"talker{next(number)}" for _ in range(bursts)]:
         talker = await Peer.login(listener.port, name)
@@ -275,7 +270,6 @@ async def serving(app):
 
 @pytest.fixture
 def room():
-    """What is inside of the server."""
     return chat.Room()
 
 
@@ -300,7 +294,8 @@ FRAMES = {
         + frame(PING, b"?")
         + frame(CONTINUED, b"\xbc\xc3", 0)
         + frame(CONTINUED, b"\x9f dich"),
-        (b"?", "Jack: grüß dich"),
+        b"?",
+        "Jack: grüß dich",
     ),
     "the longest in fragments": (
         frame(TEXT, bytes(2**13), 0) + frame(CONTINUED, bytes(2**13)),
@@ -324,10 +319,7 @@ FRAMES = {
     # What is too long is refused when its length is known: to stop there leaves nothing
     # unread, for which TCP would reset the connection, and might lose the close frame.
     "too long": (frame(TEXT, bytes(2**14 + 1))[:4], 1009),
-    "too long in all": (
-        frame(TEXT, bytes(2**14), 0) + frame(CONTINUED, b"x")[:2],
-        1009,
-    ),
+    "all too long": (frame(TEXT, bytes(2**14), 0) + frame(CONTINUED, b"x")[:2], 1009),
 }
 WAYS_TO_LEAVE = {
     "closing": lambda peer: peer.send(CLOSE, b"\x03\xe8"),  # 1000
@@ -345,6 +337,10 @@ COSTS = {  # so many of these cost 192 KiB
     "pings": (PING, b"", 48),
     "pongs": (PONG, b"", 48),
 }
+PASSES = {  # of the event loop: what is done in each, and how many writes 50 of them are
+    "when they are quick": (int, 1, 24),
+    "or none waits for the last": (partial(time.sleep, 0.002), 11, 50),
+}
 KEYS = {  # of who is here | of who comes: whether the name is taken over
     101: "k|k, k.1|k.1, k.1|k.2, k.9|k.10, k|k.1, k.-1|k, a.b.1|a.b.2, k.x|k.x.1, \n ü|\n ü.1",
     409: "k.2|k.1, k.1|k, k.1|k.-1, k|K, k|, |, |k, k.1|k.x",
@@ -357,6 +353,7 @@ CONTENT = {
     "the names": "\r\n".join(NAMES),
     "the options": "\r\n".join(f'<option value="{o}">{o}</option>' for o in OPTIONS),
 }
+NO_NAME = "A name: 1 to 32 printable characters, no colon"
 ANSWERS = {
     (200, "the page"): "GET /; POST /; HEAD /; HEAD /?resetUsers=1",
     (200, "the options"): "GET /?getUsers=1; POST /?getUsers=1",
@@ -372,7 +369,7 @@ ANSWERS = {
     (404, "404: Not Found"): "GET /chat",
     (405, "405: Method Not Allowed"): """
         PUT /; DELETE /?resetUsers=1; POST /ws?user=Joe; HEAD /ws?user=Joe""",
-    (400, "A name: 1 to 32 printable characters, no colon"): """
+    (400, NO_NAME): """
         GET /ws; GET /ws?user=; GET /ws?user=%20; GET /ws?user=33-characters-are-one-too-many---;
         GET /ws?user=a:b; GET /ws?user=a%09b; GET /ws?user=a%0Ab; GET /ws?user=%E2%80%AEJoe;
         GET /ws?user=%E2%80%8DJoe; GET /ws?user=Joe%E2%80%8C; GET /ws?user=%E2%80%8D;
@@ -392,7 +389,10 @@ REQUESTS = [
     for answer, requests in ANSWERS.items()
     for request in re.split(r";\s+", requests.strip())
 ]
-WIDE_NAMES = ["山田\u3000太郎", "می\u200cخواهم", "👩\u200d💻"]
+NOT_TO_BE_SERVED = "--port=65536 --port=70000 --port=-1 --port=taken"
+NOT_TO_BE_SERVED += " --host= --host=192.0.2.1 --host=a.invalid"
+KINDS_OF_NAMES = ["Żółw 李雷", "🦀" * 32, "{{RefreshUsers}}", "山田\u3000太郎"]
+KINDS_OF_NAMES += ["می\u200cخواهم", "👩\u200d💻"]
 
 
 class TestProtocol:
@@ -404,11 +404,11 @@ class TestProtocol:
 
     # 1. A connection, from its beginning to its end
 
-    @pytest.mark.parametrize("sent, answers", FRAMES.values(), ids=FRAMES)
-    async def test_each_frame_is_answered_so(self, port, sent, answers):
+    @pytest.mark.parametrize("sent_and_answers", FRAMES.values(), ids=FRAMES)
+    async def test_each_frame_is_answered_so(self, port, sent_and_answers):
         jill, jack = await login(port, "Jill", "Jack")
+        sent, *answers = sent_and_answers
         jack.writer.write(sent)
-        answers = answers if isinstance(answers, tuple) else (answers,)
         for answer in answers:
             if isinstance(answer, str):
                 assert await jack.answer() == (TEXT, answer.encode())
@@ -432,7 +432,7 @@ class TestProtocol:
         jill, jack = await login(port, "Jill", "Jack")
         if state == "behind":
             jack.stall()
-            await flood(jill, 28)
+            await flood(jill)
         elif state == "paying":
             jack.say(*[LONGEST] * 10)
             await jill.hear(8)
@@ -451,7 +451,7 @@ class TestProtocol:
         jill, taker, refuser = await login(port, "Jill", "Taker", "Refuser")
         for peer in taker, refuser:
             peer.stall()
-        await flood(jill, 28)
+        await flood(jill)
         for peer in taker, refuser:
             peer.send(CLOSE)
         await jill.told("Jill")
@@ -463,13 +463,11 @@ class TestProtocol:
 
     # 2. A user, who may not talk too much
 
-    @pytest.mark.parametrize("opcode, payload, count", COSTS.values(), ids=COSTS)
-    async def test_all_costs_the_same_128_kib_at_once_then_32_kib_a_second(
-        self, port, opcode, payload, count
-    ):
+    @pytest.mark.parametrize("said", COSTS.values(), ids=COSTS)
+    async def test_all_is_read_at_32_kib_a_second_after_128_kib(self, port, said):
         jack = await Peer.login(port, "Jack")
         started = time.monotonic()
-        jack.send(opcode, payload, count)
+        jack.send(*said)
         jack.say("end")
         while await jack.receive() != (TEXT, b"Jack: end"):
             pass
@@ -499,7 +497,7 @@ class TestProtocol:
         started = time.monotonic()
         jill, dead, gone = await login(port, "Jill", "Dead", "Gone")
         gone.stall()
-        await flood(jill, 28)
+        await flood(jill)
         gone.writer.write_eof()  # which nobody sees before that is taken
         (await Peer.login(port, "Jack")).say(*map(str, range(10_000)))  # takes 17 s
         hearing = asyncio.create_task(jill.hear(10_001))
@@ -631,8 +629,7 @@ class TestProtocol:
         assert await users(port) == ["Jill", "Jack"]
 
     async def test_who_was_replaced_says_nothing_more(self, port):
-        (jill,) = await login(port, "Jill")
-        old = await Peer.login(port, "Jack", key="k.1")
+        jill, old = await login(port, "Jill", "Jack", key="k.1")
         old.say(*[LONGEST] * 12)  # of which 8 are heard at once, and one in each 0.5 s
         await jill.hear(8)
         new = await Peer.login(port, "Jack", key="k.2", after=-100)
@@ -682,9 +679,7 @@ class TestProtocol:
         assert await users(port) == NAMES
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "chat.example:8080", "[::1]:9"])
-    @pytest.mark.parametrize(
-        "name", ["Żółw 李雷", "🦀" * 32, "{{RefreshUsers}}", *WIDE_NAMES]
-    )
+    @pytest.mark.parametrize("name", KINDS_OF_NAMES)
     async def test_a_page_of_this_host_gets_in_with_any_name(self, port, name, host):
         headers = {"Host": host, "Origin": f"https://{host.upper()}"}
         peer = await Peer.login(port, f" {name}\u3000", headers)
@@ -707,7 +702,7 @@ class TestProtocol:
     async def test_reset_waits_for_nobody_and_who_is_out_hears_no_more(self, port):
         silent, stalled = await login(port, "Silent", "Stalled")
         stalled.stall()
-        await flood(silent, 28)
+        await flood(silent)
         silent.say(*[LONGEST] * 20)  # more than is read before the reset
         await silent.hear(8)
         reset = asyncio.create_task(Peer.ask(port, "GET /?resetUsers=1"))
@@ -722,15 +717,14 @@ class TestProtocol:
         assert await users(port) == ["Silent"]
 
 
-# 3. The room, as it is seen from inside the process
+# Chapters 3 to 6, as they are seen from inside the process
 
 
 def watch(user):
     """Return a list which gets, for each write to a user, its size and what was held then."""
     writes, transport = [], user.transport
-    write = transport.write
 
-    def watched(data):
+    def watched(data, write=transport.write):
         writes.append((len(data), transport.get_write_buffer_size()))
         write(data)
 
@@ -746,12 +740,8 @@ async def test_what_is_said_in_one_pass_leaves_in_one_write_a_user(port, room):
     assert len(writes) < 5
 
 
-@pytest.mark.parametrize(
-    "work, least, most",
-    [(int, 1, 24), (partial(time.sleep, 0.002), 11, 50)],
-    ids=["and wait for each other", "but not if passes are slow"],
-)
-async def test_messages_share_writes(port, room, work, least, most):
+@pytest.mark.parametrize("work, least, most", PASSES.values(), ids=PASSES)
+async def test_messages_of_several_passes_share_writes(port, room, work, least, most):
     jill, _ = await login(port, "Jill", "Jack")
     writes = watch(room.users["Jill"])
     for i in range(50):  # one in each pass of the event loop
@@ -793,9 +783,6 @@ async def test_after_a_restart_no_number_comes_again():
             last = await jill.where()
 
 
-# 4. Who reads slowly
-
-
 async def test_to_who_reads_nothing_nothing_more_is_written_and_no_pong(port, room):
     jill, jack = await login(port, "Jill", "Jack")
     writes = watch(room.users["Jack"])
@@ -818,7 +805,7 @@ async def test_what_many_did_not_take_is_kept_once_and_not_for_ever(port, room):
     for peer in others:
         peer.stall()
     tracemalloc.start()
-    await flood(jill, 28)
+    await flood(jill)
     assert tracemalloc.get_traced_memory()[0] < 20 * 2**20  # copies would be 70 MiB
     tracemalloc.stop()
     user = weakref.ref(room.users["19"])
@@ -826,9 +813,6 @@ async def test_what_many_did_not_take_is_kept_once_and_not_for_ever(port, room):
         room.add(b"")
     await jill.told("Jill")
     await until("nothing needs a user who is gone", lambda: gc.collect() and not user())
-
-
-# 6. Who may throw out
 
 
 async def test_reset_does_not_wait_for_who_took_half_of_a_batch(port, room):
@@ -839,11 +823,10 @@ async def test_reset_does_not_wait_for_who_took_half_of_a_batch(port, room):
         await jill.hear()
     for _ in range(6):  # the largest batch
         await room.say(room.users["Jill"], LONGEST.encode())
-    held = [user.transport.get_write_buffer_size() for user in room.users.values()]
-    assert max(held) > 2**16
+    held = max(it.transport.get_write_buffer_size() for it in room.users.values())
     async with asyncio.timeout(5):
         reset = await Peer.ask(port, "GET /?resetUsers=1")
-    assert reset.body == "Users reseted"
+    assert reset.body == "Users reseted" and held > 2**16
 
 
 async def test_reset_is_refused_to_another_machine():
@@ -874,8 +857,7 @@ async def test_who_asks_thousands_of_times_in_one_go_lets_others_in_between(port
 
 
 HANGUP = getattr(signal, "SIGHUP", signal.SIGINT)  # Windows has none
-# Whatever has started these tests may ignore it.
-KNOWS_HANGUP = partial(signal.signal, HANGUP, signal.SIG_DFL)
+KNOWS_HANGUP = partial(signal.signal, HANGUP, signal.SIG_DFL)  # if these tests do not
 
 
 @asynccontextmanager
@@ -913,7 +895,7 @@ async def test_a_signal_closes_all_with_1001_and_ends_with_status_0(number, tmp_
         half.writer.write(frame(TEXT, b"hello")[:3])
         (await Peer.connect(process.port)).request("POST /", {"Content-Length": "9"})
         stalled.stall()
-        await flood(jill, 28)
+        await flood(jill)
         stalled.send(PING, b"?", 100_000)
         await Peer.login(process.port, "Late")
         process.send_signal(number)
@@ -923,10 +905,7 @@ async def test_a_signal_closes_all_with_1001_and_ends_with_status_0(number, tmp_
     assert "Traceback" not in process.log()
 
 
-BAD = "--port=65536 --port=70000 --port=-1 --port=taken --host= --host=192.0.2.1 --host=a.invalid"
-
-
-@pytest.mark.parametrize("option", BAD.split())
+@pytest.mark.parametrize("option", NOT_TO_BE_SERVED.split())
 async def test_what_cannot_be_served_gives_one_line_and_status_1(option, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         option = option.replace("taken", str(listener.getsockname()[1]))
@@ -1048,8 +1027,6 @@ async def test_every_place_that_names_the_dependencies_says_the_same():
 
 # The page
 
-DRAWN = "new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))"
-AT_END = "e => e.scrollHeight - e.scrollTop - e.clientHeight < 5"
 LINKS = """
 https://a.org/b?c=d&e=f#g or HTTP://B.ORG | https://a.org/b?c=d&e=f#g HTTP://B.ORG
 https://a.org, http://b.org; http://c.org!? | https://a.org http://b.org http://c.org
@@ -1075,10 +1052,9 @@ class Tab:
         page.on("pageerror", lambda it: self.errors.append(str(it)))
         self.name, self.box = self("textbox", "User name"), self("textbox", "Message")
         self.enter, self.logoff = self("button", "Login"), self("button", "Log off")
-        self.send = self("button", "Send")
-        self.refresh = self("button", "Refresh users")
-        self.status, self.notice, self.log = self("status"), self("alert"), self("log")
-        self.list = self("list", "Users")
+        self.send, self.status = self("button", "Send"), self("status")
+        self.refresh, self.notice = self("button", "Refresh users"), self("alert")
+        self.list, self.log = self("list", "Users"), self("log")
         self.users = self.list.get_by_role("listitem")
         self.entries = self.log.locator(":scope > *")
         self.authors, self.texts = self.log.locator("b"), self.log.locator("div > p")
@@ -1112,8 +1088,11 @@ def check_playwright():
     """Skip where Playwright's own node lacks a library, before each test waits for it."""
     version = [sys.executable, "-m", "playwright", "--version"]
     ran = subprocess.run(version, check=False, capture_output=True, timeout=LIMIT)
-    if ran.returncode:
-        unable("Playwright does not start: apt install libatomic1")
+    if ran.returncode or not expect:
+        packages = (
+            "pip install playwright axe-playwright-python, apt install libatomic1"
+        )
+        unable(f"Playwright does not start: {packages}")
 
 
 @pytest_asyncio.fixture(loop_scope="class", scope="class")
@@ -1125,7 +1104,7 @@ async def browser():
         path = next(filter(None, map(shutil.which, names)), None)
         rule = "--host-resolver-rules=MAP chat.test 127.0.0.1"
         for options in {}, {"executable_path": path}, {"channel": "chrome"}:
-            with suppress(playwright.async_api.Error):
+            with suppress(Error):
                 browser = await player.chromium.launch(args=[rule], **options)
                 break
         else:
@@ -1148,8 +1127,7 @@ class WithPages:
 
     @fixture
     async def url(self, port):
-        """The page's address: plain http, and from another host."""
-        return f"http://chat.test:{port}"
+        return f"http://chat.test:{port}"  # plain http, and from another host
 
     @fixture
     async def jill(self, port):
@@ -1203,10 +1181,7 @@ class TestPage(WithPages):
 
     async def test_a_login_that_is_refused_says_why(self, tab, port):
         await Peer.login(port, "Joe")
-        for name, why in (
-            ("Joe", "User Joe already logged in"),
-            ("a:b", "A name: 1 to 32 printable characters, no colon"),
-        ):
+        for name, why in ("Joe", "User Joe already logged in"), ("a:b", NO_NAME):
             await tab.name.fill(name)
             await tab.enter.click()
             await tab.offline(f"Not logged in: {why}")
@@ -1231,8 +1206,6 @@ class TestPage(WithPages):
         await jack.hears("hello", "hi")
         await expect(jack.users).to_have_text(["Jill", "Jack"])
 
-    # Talking
-
     async def test_too_long_a_message_is_not_sent_and_it_says_by_how_much(self, jack):
         await jack.say("é" * 8191 + "xyz")  # 16 KiB and a byte
         await expect(jack.notice).to_contain_text("too long: 1 of")
@@ -1243,6 +1216,19 @@ class TestPage(WithPages):
         await jack.hears("é" * 2000 + "…")
         await expect(jack.notice).to_be_empty()
         await expect(jack.box).to_have_value("")
+
+    async def test_the_list_is_asked_for_once_a_change(self, jill, tab, port):
+        asked = []
+        await expect(tab.users).to_have_text(["Jill"])
+        tab.page.on("request", lambda it: "getUsers2" in it.url and asked.append(it))
+        await tab.login()
+        await expect(tab.users).to_have_text(["Jill", "Jack"])
+        joe = await Peer.login(port, "Joe")
+        await expect(tab.users).to_have_text(["Jill", "Jack", "Joe"])
+        await expect(tab.page.get_by_role("heading").last).to_have_text("Users 3")
+        joe.vanish()
+        await expect(tab.users).to_have_text(["Jill", "Jack"])
+        assert len(asked) == 3
 
     # Drawing
 
