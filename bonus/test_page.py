@@ -4,7 +4,7 @@
 #     "aiohttp>=3.14.4,<4", "pytest", "pytest-aiohttp", "playwright", "axe-playwright-python",
 # ]
 # ///
-"""What else the page promises: on lines that go dark, with several tabs, in other browsers.
+"""What the chat promises on lines that die, and the page in details and in other browsers.
 
 In Chromium, it is all of the page that test_chat.py leaves; in Firefox and in WebKit, it is
 the main things. What is missing is said in the reason for skipping.
@@ -42,6 +42,7 @@ from test_chat import (
     fixture,
     program,
     running,
+    soon,
     until,
 )
 
@@ -89,13 +90,8 @@ class Line:
             far = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
             return near[1].transport.abort()
-        link = {
-            "up": self.new,
-            "down": self.new,
-            "first": b"",
-            "ends": (near[1], far[1]),
-        }
-        link["thawed"] = asyncio.Event()
+        link = {"up": self.new, "down": self.new, "ends": (near[1], far[1])}
+        link |= {"first": b"", "thawed": asyncio.Event()}
         self.links.append(link)
         up = self.pass_on(link, "up", near[0], far[1])
         await asyncio.gather(up, self.pass_on(link, "down", far[0], near[1]))
@@ -432,10 +428,8 @@ class TestPage(WithLines):
         )
         line.new = "torn"
         line.cut()
-        pauses = []
-        async with asyncio.timeout(LIMIT):
-            while len(pauses) < 10:
-                pauses = await jack.run("pauses.slice(0, 10)")
+        ten = "pauses.length > 9 && done(pauses.slice(0, 10))"
+        pauses = await soon(jack.run(f"new Promise(done => setInterval(() => {ten}))"))
         assert pauses[0] <= 500 and 5000 <= pauses[-1] <= 10_000
         assert len(set(pauses)) == 10  # jitter
 
@@ -656,7 +650,7 @@ class TestPage(WithLines):
             await tab.hears("one\ntwo")
             assert await tab.texts.inner_text() == "one\ntwo"
 
-    # The list, and what other scripts and hidden tabs need
+    # The list of users, and what other scripts find
 
     async def test_the_list_is_never_asked_for_twice_at_once(self, tab):
         asked = asyncio.Queue()
@@ -664,8 +658,7 @@ class TestPage(WithLines):
         for _ in range(5):
             await tab.refresh.click()
         for names in ["Jack"], ["Jack", "Jill"]:  # one more after the last press
-            async with asyncio.timeout(LIMIT):
-                route = await asked.get()
+            route = await soon(asked.get())
             assert asked.empty()
             await route.fulfill(body="\r\n".join(names))
             await expect(tab.users).to_have_text(names)
