@@ -458,10 +458,13 @@ class TestPage(WithLines):
         jill.say("hi")
         await timed.hears("hi")
 
-    async def test_a_living_one_is_kept_if_timers_run_once_a_minute(self, timed):
-        for _ in range(3):
+    async def test_a_living_one_is_kept_if_timers_run_once_a_minute(self, jill, timed):
+        await expect(timed.users).to_have_count(2)  # so no notice is on its way
+        for count in 1, 2, 3:
             async with timed.sockets[0].expect_event("framereceived"):  # it asked
                 await timed.wait(60)
+            jill.say("hi")  # when that is there, the page has read the answer
+            await expect(timed.texts).to_have_count(count)
         await timed.online()
         assert len(timed.sockets) == 1
 
