@@ -493,7 +493,7 @@ class TestPage(WithLines):
         await timed.box.evaluate(paste, LONGEST)
         for i in 8, 9, 10:
             await expect(timed.texts.nth(i)).to_be_attached()
-            await timed.wait(5)
+            await timed.wait(4)  # seconds, of 8
         assert len(timed.sockets) == 1
 
     async def test_a_login_that_was_given_up_and_comes_late_is_refused(
