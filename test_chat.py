@@ -853,7 +853,7 @@ async def test_who_asks_thousands_of_times_in_one_go_lets_others_in_between(port
     await flooder.reader.readline()  # of the first answer
     jack.say("hello")
     assert await jill.hear() == ["Jack: hello"]
-    assert (await flooder.reader.read(2**20)).count(b"200 OK") < 300
+    assert (await flooder.reader.read(2**20)).count(b"200 OK") < 150
 
 
 HANGUP = getattr(signal, "SIGHUP", signal.SIGINT)  # Windows has none
