@@ -363,7 +363,7 @@ ANSWERS = {
         GET /?resetUsers=1 x-forwarded-for: ::1; POST /?resetUsers=1 Via: 1.1 proxy;
         GET /?resetUsers=1 Sec-Fetch-Site: cross-site; POST /?resetUsers=1 Origin: null;
         GET /?resetUsers=1 Sec-Fetch-Site: same-site; GET /?resetUsers=1 Origin: http://a.org;
-        GET /?resetUsers=1 Sec-Purpose: prefetch;
+        GET /?resetUsers=1 Sec-Purpose: prefetch; GET /?resetUsers=1 X-Real-IP: ::1;
         GET /?resetUsers=1 Sec-Fetch-Site: same-origin; POST /?resetUsers=1 Origin: http://[;
         GET /?resetUsers=1 Host: example.com; GET /?resetUsers=1 Host: localhost.org""",
     (404, "404: Not Found"): "GET /chat",
