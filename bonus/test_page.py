@@ -451,9 +451,9 @@ class TestPage(WithLines):
         await expect(timed.users).to_have_count(2)
         line.fail("dark", way)
         await (timed.wait(20) if "silence" in seen else timed.hide(False))
-        await timed.wait(7.9)
+        await timed.wait(5)
         assert len(timed.sockets) == 1
-        await timed.wait(0.1)
+        await timed.wait(3)
         await until("another connection", lambda: len(timed.sockets) == 2)
         jill.say("hi")
         await timed.hears("hi")
@@ -491,9 +491,9 @@ class TestPage(WithLines):
             for (let i = 0; i < 11; i++) box.value = text, box.form.requestSubmit();
         }"""
         await timed.box.evaluate(paste, LONGEST)
-        for i in 8, 9, 10:
+        for i in 7, 8, 9, 10:
             await expect(timed.texts.nth(i)).to_be_attached()
-            await timed.wait(4)  # seconds, of 8
+            await timed.wait(2.5)  # seconds, of 8; as long as that, real ones may pass
         assert len(timed.sockets) == 1
 
     async def test_a_login_that_was_given_up_and_comes_late_is_refused(
