@@ -62,11 +62,11 @@ class Draft:
 
     words: list[Any] = field(default_factory=list)
     said: bytearray = field(default_factory=bytearray)  # messages
-    asking: dict[str, chat.User] = field(
-        default_factory=dict
-    )  # who want to know: heard?
-    taken: asyncio.Event = field(default_factory=asyncio.Event)  # it gathers no more
-    done: asyncio.Event = field(default_factory=asyncio.Event)  # it is read, and obeyed
+    # Who want to know whether all that they said was heard
+    asking: dict[str, chat.User] = field(default_factory=dict)
+    # Set when this gathers no more, and when it is read, and obeyed
+    taken: asyncio.Event = field(default_factory=asyncio.Event)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ClusterRoom(chat.Room):
@@ -180,14 +180,10 @@ class ClusterRoom(chat.Room):
         if not self.knows:
             return self.learn(entry)
         if not await self.stream.is_next(entry):
-            if (
-                entry.author not in authors
-                and self.ready.is_set()
-                and entry.author != me
-            ):
-                self.append(
-                    "gone", entry.author, "is gone"
-                )  # which it is going to read
+            stranger = entry.author not in authors and entry.author != me
+            if stranger and self.ready.is_set():
+                # It does not know that it was taken for dead, and is going to read this.
+                self.append("gone", entry.author, "is gone")
             return
         authors[entry.author] = entry.number, entry.position
         self.silent[entry.author] = 0
@@ -207,10 +203,9 @@ class ClusterRoom(chat.Room):
                     if process == me != entry.author:
                         raise StartOver("This process was taken for dead")
                     authors.pop(process, None)
-                    names = [
-                        n for n, o in self.everyone.items() if o.process == process
-                    ]
-                    self.remove(names, how)
+                    owners = self.everyone.items()
+                    gone = [name for name, it in owners if it.process == process]
+                    self.remove(gone, how)
                 case ["reset", str(reason)]:
                     self.since = entry.position  # what was said before is heard no more
                     self.draft.said.clear()
@@ -233,6 +228,11 @@ class ClusterRoom(chat.Room):
             del self.everyone[name]
             self.changed(name, how)
         self.utter_again()
+
+    def flush_when_quiet(self, seen: int, until: float) -> None:
+        """Flush at once: an entry is a batch already, and to wait again would only cost."""
+        self.waiting = False
+        self.flush()
 
     def changed(self, name: str, how: str) -> None:
         """Log who came or went, and tell everyone here; not what is long past."""
@@ -302,9 +302,7 @@ class ClusterRoom(chat.Room):
                 self.let_go([user], 1000, "logged in again elsewhere")
             self.append("moved", name, owner.login, new, credit, ago)
 
-    def move(
-        self, name: str, login: str, new: Owner, credit: float, ago: float
-    ) -> None:
+    def move(self, name: str, login: str, new: Owner, credit: Any, ago: Any) -> None:
         """Give `name` to `new`, with the token bucket, if `login` still owns it."""
         if self.owns(login, name) and new.process not in self.stream.authors:
             self.remove([name], "is gone")
@@ -342,23 +340,25 @@ class ClusterRoom(chat.Room):
     def be_born(self, *words: Any) -> None:
         """Be a process that knows nothing; its first entry is going to say `words`."""
         self.stream = Stream(self.redis, self.name, self.keep)
-        self.silent = Counter[
-            str
-        ]()  # signs of life since the last one of that process, ...
-        self.silence = 0  # ... and of any that knows the room
+        # Signs of life since the last one of that process, and of any that knows the room
+        self.silent = Counter[str]()
+        self.silence = 0
         self.told_at = 0.0  # when somebody said what the room is
         self.to_tell = False  # this process is to say it
         self.ready.clear()
         self.draft.taken.set()
         self.draft = Draft([*words])
-        self.know(False, {}, {}, self.last, "0-0")
+        self.forget()
         self.utter_again()
 
-    def know(
-        self, knows: bool, authors: Any, everyone: Any, last: int, since: str
-    ) -> None:
+    def forget(self) -> None:
+        """Have no room: nobody, and nothing that was said."""
+        self.know({}, {}, self.last, "0-0")
+        self.knows = False
+
+    def know(self, authors: Any, everyone: Any, last: int, since: str) -> None:
         """Have this room; keep none of the messages before."""
-        self.knows, self.since = knows, since
+        self.knows, self.since = True, since
         self.stream.authors = {name: tuple(it) for name, it in authors.items()}
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
         self.messages.clear()
@@ -382,9 +382,7 @@ class ClusterRoom(chat.Room):
             match word:
                 case ["room" | "founds", str(at), authors, everyone, int(last), since]:
                     if self.stream.go_back(at):
-                        self.know(
-                            True, authors, everyone, last, since or entry.position
-                        )
+                        self.know(authors, everyone, last, since or entry.position)
 
     async def read(self) -> None:
         """Do what one entry after another says."""
@@ -396,29 +394,37 @@ class ClusterRoom(chat.Room):
                 await self.obey(entry)
 
     async def live(self) -> None:
-        """Take part in the room, from one start to the next."""
+        """Be in the room, from one start to the next."""
         while True:
-            while entry := await self.stream.next(wait=None):
-                try:
-                    await self.obey(entry)
-                except StartOver:
-                    self.know(False, {}, {}, self.last, "0-0")
-                    self.learn(entry)
-            self.wake.set()
             try:
-                async with asyncio.TaskGroup() as life:
-                    for job in self.read(), self.write(), self.give_signs():
-                        life.create_task(job)
-            except BaseExceptionGroup as errors:
-                error = errors.exceptions[0]
-                if not isinstance(error, StartOver):
-                    raise error from None
-            log.warning("%s: the users of this process have to come back", error)
-            self.let_go([*self.users.values()], 1012, str(error))
-            words: list[Any] = [("gone", self.stream.author, "has to come back")]
-            if isinstance(error, Lost) and self.knows:
-                words.append(("lost",))  # so that all start over, with other numbers
-            self.be_born(*words)
+                # Before Python 3.13, a task whose TaskGroup has failed counts as cancelled
+                # from then on. So each life is a task of its own.
+                await asyncio.create_task(self.life())
+            except StartOver as error:
+                log.warning("%s: the users of this process have to come back", error)
+                self.let_go([*self.users.values()], 1012, str(error))
+                words: list[Any] = [("gone", self.stream.author, "has to come back")]
+                if isinstance(error, Lost) and self.knows:
+                    words.append(
+                        ("lost",)
+                    )  # so that all start over, with other numbers
+                self.be_born(*words)
+
+    async def life(self) -> None:
+        """Learn what the stream keeps, then take part, until StartOver is raised."""
+        while entry := await self.stream.next(wait=None):
+            try:
+                await self.obey(entry)
+            except StartOver:
+                self.forget()
+                self.learn(entry)
+        self.wake.set()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for job in self.read(), self.write(), self.give_signs():
+                    group.create_task(job)
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     async def give_signs(self) -> None:
         """Append something from time to time; who does not, as often as this one, is gone.
@@ -643,6 +649,7 @@ class Stream:
         read_at, milliseconds = self.times[0]
         oldest = milliseconds - max(0, int(1000 * (read_at - now + self.keep)))
         if self.is_full:  # which forbids XADD, but not XTRIM
+            self.is_full = False
             half = await self.ask(self.redis.xlen, self.name) or 0
             await self.ask(self.redis.xtrim, self.name, maxlen=half // 2)
         elif oldest > 0:
