@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aiohttp import WSMsgType, web
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -276,8 +277,10 @@ class ClusterRoom(chat.Room):
         """Return the words of those who wait for a name and have not uttered it yet."""
         words = []
         for login, wish in self.pending.items():
-            if not wish.uttered and not wish.answered.is_set():
-                wish.uttered, user = True, wish.user
+            user = wish.user
+            done = wish.answered.is_set() or user.transport.is_closing()
+            if not wish.uttered and not done:
+                wish.uttered = True
                 words.append(("enter", user.name, login, hashed(user.key), user.turn))
         return words
 
@@ -293,7 +296,7 @@ class ClusterRoom(chat.Room):
         if not owner:
             self.give(name, new, "logged in")
         elif not owner.yields_to(new.key, new.turn):
-            if wish:
+            if wish and not self.is_free_for(wish.user):
                 wish.answered.set()
         elif owner.process == self.stream.author and owner.login != new.login:
             credit, ago = float(chat.BURST), 0.0
@@ -395,7 +398,8 @@ class ClusterRoom(chat.Room):
 
     async def live(self) -> None:
         """Be in the room, from one start to the next."""
-        while True:
+        me = asyncio.current_task()
+        while not (me and me.cancelling()):  # which a life that starts over may not see
             try:
                 # Before Python 3.13, a task whose TaskGroup has failed counts as cancelled
                 # from then on. So each life is a task of its own.
@@ -458,10 +462,10 @@ class ClusterRoom(chat.Room):
         """
         try:
             async with self.redis, asyncio.TaskGroup() as group:
-                try:
-                    await self.redis.ping()
+                try:  # whether the stream can be written to; this drops nothing
+                    await self.redis.xtrim(self.name, maxlen=2**62)
                 except (RedisError, OSError) as error:
-                    raise OSError(f"Redis: {error}") from None
+                    raise OSError(f"Redis: {reason(error)}") from None
                 living = group.create_task(self.live())
                 await self.ready.wait()
                 yield
@@ -505,6 +509,12 @@ HOPELESS = {"ERR", "MOVED", "NOAUTH", "NOPERM", "WRONGPASS", "WRONGTYPE"}
 
 class StartOver(Exception):
     """This process does not know what others know; says why."""
+
+
+def reason(error: Exception) -> str:
+    """Return what `error` says, after the kind of error that Redis named, if it did."""
+    kind, text = getattr(error, "status_code", None) or "", str(error)
+    return text if text.startswith(kind) else f"{kind} {text}"
 
 
 class Lost(StartOver):
@@ -660,26 +670,28 @@ class Stream:
 
         If to wait does not help, raise OSError.
         """
-        name = command.__name__
+        name, fault = command.__name__, None
         before, pause = self.faults.pop(name, ("", 0.05))
         try:
             answer = await command(*args, **options)
         except (RedisError, OSError) as error:
-            code = getattr(error, "status_code", None) or str(error).partition(" ")[0]
-            what = str(error) if str(error).startswith(code) else f"{code} {error}"
-            told = isinstance(error, (ResponseError, AuthenticationError))
-            if told and code in HOPELESS:
-                raise OSError(f"Redis, {name}: {what}") from None
-            if what != before:
-                log.warning("Redis, %s: %s", name, what)
-            self.is_full = code == "OOM"
-            self.faults[name] = what, min(2 * pause, 1)
-            await asyncio.sleep(pause)
-            return None
+            fault = error
         # Before Python 3.12, wait_for(), which redis-py uses, may lose a cancellation.
         if (task := asyncio.current_task()) and task.cancelling():
             raise asyncio.CancelledError
-        return answer
+        if fault is None:
+            return answer
+        what = reason(fault)
+        code = what.partition(" ")[0]
+        told = isinstance(fault, (ResponseError, AuthenticationError))
+        if told and code in HOPELESS:
+            raise OSError(f"Redis, {name}: {what}")
+        if what != before:
+            log.warning("Redis, %s: %s", name, what)
+        self.is_full = code == "OOM"
+        self.faults[name] = what, min(2 * pause, 1)
+        await asyncio.sleep(pause)
+        return None
 
 
 # 6. Serving
@@ -691,22 +703,23 @@ def connect(url: str) -> Redis:
     Their URL is sentinel://user:password@host:port,host:port/service, and the user is the
     master's. Raises ValueError for what is no URL.
     """
-    fixed: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "socket_timeout": ANSWER}
-    fixed |= {"socket_connect_timeout": ANSWER, "health_check_interval": 0}
-    fixed |= {"protocol": 2, "decode_responses": False, "legacy_responses": True}
+    sure: dict[str, Any] = {"socket_timeout": ANSWER, "socket_connect_timeout": ANSWER}
+    sure |= {"retry": Retry(NoBackoff(), 0), "health_check_interval": 0}
     scheme, _, rest = url.partition("://")
-    if scheme != "sentinel":
-        pool = ConnectionPool.from_url(url)
-        pool.connection_kwargs.update(fixed)  # an option in the URL would prevail
-        return Redis.from_pool(pool)
-    place, _, service = rest.partition("/")
-    user, _, hosts = place.rpartition("@")
-    master = ConnectionPool.from_url(f"redis://{user}@localhost").connection_kwargs
-    addresses = [host.rpartition(":") for host in hosts.split(",")]
-    places = [(host, int(port)) for host, _, port in addresses]
-    sentinel = Sentinel(places, **master)  # type: ignore[no-untyped-call]
-    master_redis: Redis = sentinel.master_for(service, **fixed)
-    return master_redis
+    if scheme == "sentinel":
+        place, _, service = rest.partition("/")
+        user, _, hosts = place.rpartition("@")
+        addresses = [host.rpartition(":") for host in hosts.split(",")]
+        places = [(host, int(port)) for host, _, port in addresses]
+        master = parse_url(f"redis://{user}@")
+        sentinel = Sentinel(places, sentinel_kwargs=sure, **master)  # type: ignore[no-untyped-call]
+        redis: Redis = sentinel.master_for(service)
+    else:
+        redis = Redis.from_url(url)
+    # What this program relies on prevails over options in the URL.
+    sure |= {"protocol": 2, "decode_responses": False, "legacy_responses": True}
+    redis.connection_pool.connection_kwargs.update(sure)
+    return redis
 
 
 def make_app(

@@ -1,18 +1,22 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.14.4,<4", "redis[hiredis]", "pytest", "pytest-aiohttp", "psutil",
+#     "aiohttp>=3.14.4,<4", "redis[hiredis]>=8", "pytest", "pytest-aiohttp", "psutil",
 # ]
 # ///
 """The chat in several processes: real ones, with a real Redis, over real sockets.
 
-Needs redis-server, nginx and openssl. What is missing is said in the reason for skipping, or
-for failing where the environment variable CI is set.
+Needs redis-server; some tests need redis-sentinel, nginx or openssl, too. What is missing is
+said in the reason for skipping, or for failing where the environment variable CI is set.
+
+The storm can be longer: SEED=7 FAULTS=60 ALIVE=1 pytest bonus/test_cluster.py -k storm -n 0 -s
 """
 
 import asyncio
 import itertools
+import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,9 +24,11 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections import Counter
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlencode
 
 import psutil
 import pytest
@@ -35,22 +41,67 @@ import cluster
 import test_page
 
 import test_chat
-from test_chat import LONGEST, NOTICE, UPGRADE, Peer, serving, users
+from test_chat import (
+    BINARY,
+    CLOSE,
+    LONGEST,
+    NOTICE,
+    TEXT,
+    UPGRADE,
+    Peer,
+    serving,
+    users,
+)
 
-pytestmark = pytest.mark.asyncio
+CI = test_chat.CI
+PATH = os.environ["PATH"] + ":/usr/sbin"  # where Debian has nginx
 STREAM = "a room"
+SEED = int(os.environ.get("SEED", "1"))
+FAULTS = int(os.environ.get("FAULTS", "12"))
+ALIVE = os.environ.get("ALIVE", "0.2")  # seconds between signs of life
 number = itertools.count()  # for streams and logs
+pytestmark = pytest.mark.asyncio
 
-for program in "redis-server", "nginx", "openssl":
-    if not shutil.which(program):
-        if os.environ.get("CI"):
-            pytest.fail(f"there is no {program}", pytrace=False)
-        pytest.skip(f"there is no {program}: install it", allow_module_level=True)
+if not shutil.which("redis-server"):
+    if CI:
+        pytest.fail("there is no redis-server", pytrace=False)
+    pytest.skip("install redis-server", allow_module_level=True)
+
+
+def find(program, package):
+    """Return the path of `program`; without it, this test is skipped."""
+    if path := shutil.which(program, path=PATH):
+        return path
+    (pytest.fail if CI else pytest.skip)(f"there is no {program}: install {package}")
+
+
+@pytest.fixture
+def nginx():
+    return find("nginx", "nginx")
+
+
+@pytest.fixture
+def openssl():
+    return find("openssl", "openssl")
+
+
+@pytest.fixture
+def sentinel():
+    return find("redis-sentinel", "redis-sentinel")
 
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
+
+
+async def until(condition, within=10):
+    """Wait until `condition()` is true, or fail; return how long that took."""
+    started = time.monotonic()
+    async with asyncio.timeout(within):
+        while not condition():
+            await asyncio.sleep(0.02)
+    return time.monotonic() - started
 
 
 class Server:
@@ -78,24 +129,40 @@ class Server:
         self.process.kill()
         self.process.wait()
 
+    def stop(self):
+        self.signal(signal.SIGSTOP)
+
+    def go_on(self):
+        self.signal(signal.SIGCONT)
+
+    def set_clock(self, ahead):
+        """Have the next entries be so many seconds ahead of the time."""
+        last = f"{int((time.time() + ahead) * 1000)}-0"
+        self.redis.execute_command("XSETID", STREAM, last)
+
     def said(self):
         return [fields[b"said"] for _, fields in self.redis.xrange(STREAM)]
 
+    def words(self):
+        """Return the words of all entries, one a string."""
+        entries = [fields[b"words"] or b"[]" for _, fields in self.redis.xrange(STREAM)]
+        return [json.dumps(word) for words in entries for word in json.loads(words)]
+
 
 class Process:
-    """A process of the cluster; `log` is the file that it logs to."""
+    """A process of the cluster, which logs to a file."""
 
     everyone: ClassVar[list] = []
 
     @classmethod
-    async def start(cls, server, *options, url=""):
+    async def start(cls, server, *options, url="", alive=ALIVE):
         process = cls()
-        process.log = server.folder / f"{next(number)}.log"
+        process.path = server.folder / f"{next(number)}.log"
         command = [sys.executable, str(HERE / "cluster.py"), "--host", "127.0.0.1"]
         command += ["--redis", url or server.url, "--name", STREAM, "--port", "0"]
-        with process.log.open("wb") as log:
+        with process.path.open("wb") as log:
             process.child = await asyncio.create_subprocess_exec(
-                *[*command, *options],
+                *[*command, "--alive", str(alive), *options],
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -110,9 +177,24 @@ class Process:
             await process.child.wait()  # could not start
         return process
 
+    def log(self):
+        return self.path.read_text()
 
-async def start(server, count):
-    return await asyncio.gather(*(Process.start(server) for _ in range(count)))
+    def stop(self):
+        self.signal(signal.SIGSTOP)
+
+    def go_on(self):
+        self.signal(signal.SIGCONT)
+
+    async def end(self, how=signal.SIGKILL):
+        self.signal(how)
+        async with asyncio.timeout(10):
+            return await self.child.wait()
+
+
+async def start(server, count, *options, **more):
+    starting = (Process.start(server, *options, **more) for _ in range(count))
+    return await asyncio.gather(*starting)
 
 
 @pytest.fixture
@@ -133,6 +215,184 @@ async def nothing_is_left():
         await child.wait()
 
 
+class Relay:
+    """A way to a Redis that can break: what was sent may arrive, and its answer not."""
+
+    def __init__(self):
+        self.asks, self.answers = asyncio.Event(), asyncio.Event()  # cleared: held up
+        self.cuts, self.commands = False, 0
+
+    def hold(self, *ways):
+        for way in ways:
+            way.clear()
+
+    def release(self):
+        self.asks.set()
+        self.answers.set()
+
+    async def connect(self, reader, writer):
+        answers, asked = await asyncio.open_connection("127.0.0.1", self.to)
+
+        async def ask():
+            while command := await reader.read(2**18):
+                await self.asks.wait()
+                if self.cuts and b"XREAD" in command:
+                    await asyncio.sleep(0.2)  # so that it is appended again before
+                asked.write(command)
+                self.commands += (adds := b"XADD" in command)
+                if self.cuts and adds and self.commands % 2:
+                    await asked.drain()
+                    writer.transport.abort()
+            asked.close()
+
+        async def answer():
+            while answer := await answers.read(2**18):
+                await self.answers.wait()
+                writer.write(answer)
+            writer.close()
+
+        with suppress(OSError):
+            await asyncio.gather(ask(), answer())
+
+
+@asynccontextmanager
+async def relayed(server):
+    relay = Relay()
+    relay.to = server.port
+    relay.release()
+    listener = await asyncio.start_server(relay.connect, "127.0.0.1", 0)
+    relay.url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    try:
+        yield relay
+    finally:
+        relay.release()
+        listener.close()
+
+
+class Page:
+    """A user at a process that `choose` returns, who does what a page does.
+
+    It keeps what it said until it is heard back. When its connection is lost or silent, it
+    comes back, hears what it missed, asks, and says again what was not heard; but not after a
+    hole, since then it may have been said.
+    """
+
+    def __init__(self, name, choose):
+        self.name, self.choose = name, choose
+        self.turn, self.number, self.holes = 0, -50, 0
+        self.texts, self.unheard, self.heard, self.times = 0, [], [], {}
+        self.back_since = float("inf")  # its last text that was heard, was said then
+        self.peer = None  # while it may talk
+        self.life = asyncio.create_task(self.live())
+
+    def say(self):
+        text = str(self.texts)
+        self.texts += 1
+        self.unheard.append(text)
+        self.times[text] = time.monotonic()
+        if self.peer:
+            self.peer.say(text)
+
+    async def live(self):
+        while True:
+            self.turn += 1
+            peer = None
+            with suppress(OSError, EOFError, TimeoutError):
+                async with asyncio.timeout(4):
+                    peer = await self.connect()
+                await self.listen(peer)
+            self.peer = None
+            await asyncio.sleep(0.1)
+
+    async def connect(self):
+        key = f"the key of {self.name}.{self.turn}"
+        query = urlencode({"user": self.name, "key": key, "after": self.number})
+        peer = await Peer.ask(self.choose().port, f"GET /ws?{query}", UPGRADE)
+        if peer.status != 101:
+            assert peer.status == 503, "else a page stays out"
+            raise ConnectionError
+        peer.send(BINARY)
+        return peer
+
+    async def listen(self, peer):
+        for heres in itertools.count():
+            while True:
+                async with asyncio.timeout(2.5):
+                    opcode, payload = await peer.answer()
+                if opcode == CLOSE:
+                    code = int.from_bytes(payload[:2])
+                    assert code in (1001, 1012), "else a page stays out"
+                    raise ConnectionError
+                if here := re.fullmatch(rb"\{\{Here (\d+)\}\}", payload):
+                    break
+                self.hear(payload.decode())
+            if int(here[1]) != self.number and self.number >= 0:
+                self.holes += 1
+                self.unheard.clear()
+            self.number = int(here[1])
+            if heres == 1:
+                peer.say(*self.unheard)
+                self.peer = peer
+
+    def hear(self, message):
+        self.number += 1
+        self.heard.append(message)
+        name, _, text = message.partition(": ")
+        if name == self.name:
+            if not self.holes:
+                assert self.unheard[0] == text, "lost, doubled or out of order"
+            if text in self.unheard:
+                self.unheard.remove(text)
+            self.back_since = self.times[text]
+
+
+@asynccontextmanager
+async def talking(pages, pause=0.1):
+    """Have `pages` come, and talk until the end; then wait until each has heard all."""
+
+    async def talk(page):
+        while True:
+            page.say()
+            await asyncio.sleep(pause)
+
+    async def all_are(condition):
+        def met():
+            for page in pages:
+                if page.life.done():
+                    page.life.result()
+            return all(map(condition, pages))
+
+        return await until(met, 25)
+
+    async def all_back():
+        """Wait until all have heard what they say from now on; return how long it took."""
+        now = time.monotonic()
+        return await all_are(lambda page: now < page.back_since < float("inf"))
+
+    try:
+        await all_are(lambda page: page.peer)
+        talkers = [asyncio.create_task(talk(page)) for page in pages]
+        await all_back()
+        yield all_back
+        for talker in talkers:
+            talker.cancel()
+        await all_are(lambda page: page.peer and not page.unheard)
+        last = max(page.number for page in pages)
+        await all_are(lambda page: page.number == last)
+    finally:
+        for task in [page.life for page in pages] + talkers:
+            task.cancel()
+
+
+def assert_exactly_once(pages):
+    """Every text of every user was heard once by everyone, in one order, and no hole."""
+    for page in pages:
+        assert page.holes == 0
+        assert page.heard == pages[0].heard
+        heard = [text for text in page.heard if text.startswith(f"{page.name}: ")]
+        assert heard == [f"{page.name}: {i}" for i in range(page.texts)]
+
+
 async def come(port, *names):
     return [await Peer.login(port, name) for name in names]
 
@@ -145,7 +405,7 @@ async def come_back(port, name):
             if peer.status == 101:
                 return peer
             assert peer.status in (409, 503)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.1)
 
 
 async def listed(processes, *names, within=10):
@@ -155,7 +415,7 @@ async def listed(processes, *names, within=10):
             lists = [await users(process.port) for process in processes]
             if lists == [list(names) or lists[0]] * len(lists):
                 return lists[0]
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
 
 
 # One process of a cluster is a chat.py
@@ -163,7 +423,7 @@ async def listed(processes, *names, within=10):
 
 @pytest.fixture(scope="module")
 def shared_server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("redis"))
+    server = Server(tmp_path_factory.mktemp("redis"), "--appendonly", "no")
     yield server
     server.kill()
 
@@ -171,7 +431,7 @@ def shared_server(tmp_path_factory):
 @pytest_asyncio.fixture
 async def port(shared_server, caplog):
     """The port of a process with a room of its own, for the tests of chat.py."""
-    app = cluster.make_app(shared_server.url, f"room {next(number)}", alive=0.05)
+    app = cluster.make_app(shared_server.url, f"room {next(number)}", alive=0.03)
     async with serving(app) as port:
         yield port
     records = caplog.get_records("call") + caplog.records
@@ -208,7 +468,7 @@ async def test_all_processes_list_all_users_in_order_of_login(server):
     peers = [await Peer.login(*who) for who in zip(ports, names, strict=True)]
     await listed(processes, *names)
     peers[3].vanish()
-    peers[4].send(test_chat.CLOSE)
+    peers[4].send(CLOSE)
     await listed(processes, *names[:3], *names[5:])
     await Peer.login(processes[0].port, "user4")
     await listed(processes, *names[:3], *names[5:], "user4")
@@ -225,7 +485,7 @@ async def test_who_logs_in_misses_nothing_that_is_said_from_then_on(server):
         while heard[-1:] != [f"Jill: {i + 99}"]:
             heard += await jack.hear()
         assert heard == [f"Jill: {n}" for n in range(i, i + 100)][-len(heard) :]
-        jack.send(test_chat.CLOSE)
+        jack.send(CLOSE)
         await jack.closed()
 
 
@@ -235,7 +495,7 @@ async def test_the_list_costs_no_command_and_many_messages_or_changes_few(server
     before = server.redis.info("stats")["total_commands_processed"]
     for _ in range(300):
         assert await users(there.port) == ["Jill"]
-    assert server.redis.info("stats")["total_commands_processed"] < before + 100
+    assert server.redis.info("stats")["total_commands_processed"] < before + 150
     names = [f"user{i}" for i in range(100)]
     peers = await come(here.port, *names)
     await jill.told("Jill", *names)
@@ -265,51 +525,211 @@ async def test_the_operator_of_any_process_resets_the_users_of_all(server):
             assert await peer.closed() == (1000, "the users were reset")
         await listed([here, there], "")
     jack = await Peer.login(here.port, "Jack")
-    server.signal(signal.SIGSTOP)
+    server.stop()
     answer = await Peer.ask(there.port, "GET /?resetUsers=1")
     assert (answer.status, answer.body) == (503, "The reset waits for Redis")
-    server.signal(signal.SIGCONT)
+    jack.say("after the reset")
+    await jack.ping()
+    server.go_on()
     assert await jack.closed() == (1000, "the users were reset")
+    joe = await Peer.login(there.port, "Joe", after=-50)
+    await joe.here()
+    joe.say("hello")  # and nothing was heard between
+    assert await joe.hear() == ["Joe: hello"]
+
+
+async def test_the_log_counts_the_users_of_its_process(server):
+    here, there = await start(server, 2)
+    peers = [*await come(here.port, "Jack", "Jill"), *await come(there.port, "Joe")]
+    await listed([here, there], "Jack", "Jill", "Joe")
+    peers[0].send(CLOSE)
+    await listed([here, there], "Jill", "Joe")
+    for process, counts in (here, [1, 2, 2, 1]), (there, [0, 0, 1, 1]):
+        lines = [line.split(" ", 2)[2] for line in process.log().splitlines()]
+        assert lines == [
+            f"Jack logged in, {counts[0]} here",
+            f"Jill logged in, {counts[1]} here",
+            f"Joe logged in, {counts[2]} here",
+            f"Jack left, {counts[3]} here",
+        ]
+
+
+# Who comes back, at any process
+
+
+async def test_a_message_has_one_number_also_in_a_process_that_starts_later(server):
+    here, there = await start(server, 2)
+    jack = await Peer.login(here.port, "Jack", after=-50)
+    jill = await Peer.login(there.port, "Jill", after=-50)
+    place = await jack.here()
+    assert await jill.here() == place
+    for i in range(10):
+        (jack, jill)[i % 2].say(str(i))
+        heard = await jack.hear()
+        assert heard == await jill.hear() == [f"{('Jack', 'Jill')[i % 2]}: {i}"]
+    later = await Process.start(server)
+    for process, name in (here, "Joe"), (there, "Jim"), (later, "Jane"):
+        peer = await Peer.login(process.port, name, after=place + 8)
+        assert await peer.here() == place + 8
+        assert await peer.hear(2) == ["Jack: 8", "Jill: 9"]
+        peer.send(BINARY)
+        assert await peer.here() == place + 10
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["kept", "empty"])
+async def test_when_all_have_restarted_no_number_comes_again(server, empty):
+    processes = await start(server, 2, "--keep", "86400")
+    jack = await Peer.login(processes[0].port, "Jack", after=-50)
+    place = await jack.here()
+    jack.say(*map(str, range(10)))
+    assert len(await jack.hear(10)) == 10
+    for process in processes:
+        await process.end()
+    if empty:
+        server.redis.flushall()
+    process = await Process.start(server, "--keep", "86400")
+    jack = await come_back(process.port, f"Jack&after={place + 5}")
+    if empty:
+        assert await jack.here() > place + 10  # a hole
+    else:  # the stream is the history of the room
+        assert await jack.here() == place + 5
+        assert await jack.hear(5) == [f"Jack: {i}" for i in range(5, 10)]
+        jack.send(BINARY)
+        assert await jack.here() == place + 10
+
+
+@pytest.mark.parametrize("to", [0, 1], ids=["at the same process", "at another"])
+async def test_who_has_the_key_takes_over_after_all_that_was_said(server, to):
+    processes = await start(server, 2)
+    key = 'a key\nand "more" ü'
+    old = await Peer.login(processes[0].port, "Jack", key=f"{key}.1", after=-50)
+    place = await old.here()
+    for turn in range(2, 12):
+        old.say(*map(str, range(100)))
+        await old.hear()  # the rest is under way
+        login = Peer.login(
+            processes[to].port, "Jack", key=f"{key}.{turn}", after=place + 1
+        )
+        while not (task := asyncio.create_task(login)).done():
+            old.say("more")
+            await asyncio.sleep(0.005)
+        new = task.result()
+        old.say("too late")
+        assert await old.closed() == (1000, "logged in again elsewhere")
+        assert await new.here() == place + 1
+        new.send(BINARY)
+        heard = []
+        while not re.match("{{Here", (text := (await new.hear())[0])):
+            heard.append(text)
+        assert heard[:99] == [f"Jack: {i}" for i in range(1, 100)]
+        assert set(heard[99:]) <= {"Jack: more"}
+        place += 1 + len(heard)
+        assert text == f"{{{{Here {place}}}}}"
+        assert await listed(processes) == ["Jack"]
+        old, processes = new, processes[::-1] if to else processes
+    assert not any(
+        b"a key" in entry[b"words"] for _, entry in server.redis.xrange(STREAM)
+    )
+    for query in (
+        "user=Jack",
+        "user=Jack&key=k.99",
+        "user=Jack&key=" + urlencode({"": key})[1:],
+    ):
+        for process in processes:
+            refused = await Peer.ask(process.port, f"GET /ws?{query}", UPGRADE)
+            assert (refused.status, refused.body) == (
+                409,
+                "User Jack already logged in",
+            )
+
+
+async def test_of_many_who_take_a_name_over_at_once_the_latest_turn_stays(server):
+    processes = await start(server, 3)
+    await Peer.login(processes[0].port, "Jack", key="k.1")
+    turns = [*range(2, 32)]
+    random.Random(SEED).shuffle(turns)
+    logins = [
+        Peer.ask(processes[turn % 3].port, f"GET /ws?user=Jack&key=k.{turn}", UPGRADE)
+        for turn in turns
+    ]
+    peers = dict(zip(turns, await asyncio.gather(*logins), strict=True))
+    assert {peer.status for peer in peers.values()} <= {101, 409}
+    assert await listed(processes) == ["Jack"]
+    peers.pop(31).say("I am Jack")
+    for peer in peers.values():
+        if peer.status == 101:
+            assert await peer.closed() == (1000, "logged in again elsewhere")
+    jill = await Peer.login(processes[0].port, "Jill", after=-1)
+    await jill.here()
+    assert await jill.hear() == ["Jack: I am Jack"]
+
+
+async def test_to_take_ones_name_over_elsewhere_is_no_way_to_say_more(server):
+    here, there = await start(server, 2)
+    jill = await Peer.login(here.port, "Jill")
+    jack = await Peer.login(here.port, "Jack", key="k.1")
+    jack.say(*[LONGEST] * 8)
+    await jill.hear(8)
+    jack = await Peer.login(there.port, "Jack", key="k.2")
+    started = time.monotonic()
+    jack.say(*[LONGEST] * 3)
+    await jill.hear(3)
+    assert 0.8 < time.monotonic() - started < 2.5  # 32 KiB a second
+
+
+async def test_who_gave_up_waiting_leaves_no_trace_and_no_name_taken(server):
+    process = await Process.start(server)
+    await listed([process], "")
+    server.stop()
+    peers = [await Peer.connect(process.port) for _ in range(4)]
+    for peer, name in zip(peers, ("Jack", "Jack", "Joe", "Jim"), strict=True):
+        peer.request(f"GET /ws?user={name}", UPGRADE)
+    await users(process.port)
+    for peer in peers[0], peers[2], peers[3]:
+        peer.vanish()
+    await users(process.port)
+    server.go_on()
+    assert b" 101 " in await peers[1].reader.readuntil(b"\r\n\r\n")
+    await listed([process], "Jack")
+    peers[1].say("I am Jack")
+    assert await peers[1].hear() == ["Jack: I am Jack"]
+    await Peer.login(process.port, "Joe")
+    peers[1].send(CLOSE)
+    await listed([process], "Joe")
+    assert "Traceback" not in process.log()
+
+
+async def test_the_name_of_a_dead_process_goes_to_who_has_the_key(server):
+    here, there = await start(server, 2)
+    await Peer.login(here.port, "Jack", key="k.1")
+    await here.end()
+    login = asyncio.create_task(Peer.login(there.port, "Jack", key="k.2"))
+    while not login.done():
+        refused = await Peer.ask(there.port, "GET /?getUsers2=1")
+        assert refused.body == "Jack" or login.done()
+        await asyncio.sleep(0.05)
+    await listed([there], "Jack")
 
 
 # Faults
 
 
-async def test_all_hear_all_once_in_one_order_whatever_befalls_redis(server):
-    processes = await start(server, 2)
-    names = [f"user{i}" for i in range(20)]
-    ports = [process.port for process in processes] * 10
-    peers = [await Peer.login(*who) for who in zip(ports, names, strict=True)]
-
-    async def talk(peer):
-        for i in range(50):
-            peer.say(str(i))
-            await asyncio.sleep(0.16)
-
-    async def break_redis():
-        await asyncio.sleep(1)
-        server.signal(signal.SIGSTOP)
-        await asyncio.sleep(3)
-        server.signal(signal.SIGCONT)
-        await asyncio.sleep(1)
-        server.kill()
-        await asyncio.sleep(1)
-        server.start()
-
-    hearing = asyncio.gather(*(peer.hear(1000) for peer in peers))
-    *_, heard = await asyncio.gather(*map(talk, peers), break_redis(), hearing)
-    assert heard == [heard[0]] * 20
-    for name in names:
-        spoken = [text for text in heard[0] if text.startswith(f"{name}: ")]
-        assert spoken == [f"{name}: {i}" for i in range(50)]
-    peers[0].say("end")
-    assert [await peer.hear() for peer in peers] == [["user0: end"]] * 20
-    await listed(processes, *names)
+async def test_an_append_whose_answer_is_lost_is_sent_again_but_heard_once(server):
+    async with relayed(server) as relay:
+        here, there = await start(server, 1, url=relay.url) + await start(server, 1)
+        jack, jill = *await come(here.port, "Jack"), *await come(there.port, "Jill")
+        relay.cuts = True
+        for i in range(10):
+            jack.say(str(i))
+            assert await jill.hear() == await jack.hear() == [f"Jack: {i}"]
+        times = Counter(said for said in server.said() if said)
+        assert len(times) == 10 and 15 <= times.total() <= 20
+        assert "start" not in here.log() + there.log()
 
 
 async def test_without_redis_a_login_is_503_and_leaves_no_trace(server):
     processes = await start(server, 2)
-    server.signal(signal.SIGSTOP)
+    server.stop()
     started = time.monotonic()
     logins = [
         Peer.ask(process.port, f"GET /ws?user={name}", UPGRADE)
@@ -319,7 +739,7 @@ async def test_without_redis_a_login_is_503_and_leaves_no_trace(server):
     for peer in await asyncio.gather(*logins):
         assert (peer.status, peer.body) == (503, "The room cannot be reached just now")
     assert 2 < time.monotonic() - started < 10
-    server.signal(signal.SIGCONT)
+    server.go_on()
     await come_back(processes[0].port, "Jack")
     await listed(processes, "Jack")
     await Peer.login(processes[1].port, "Joe")
@@ -331,14 +751,14 @@ async def test_without_redis_who_speaks_has_to_wait_and_nothing_is_lost(server):
     speakers = await come(here.port, *(f"user{i}" for i in range(20)))
     memory = psutil.Process(here.child.pid).memory_info
     before = memory().rss
-    server.signal(signal.SIGSTOP)
+    server.stop()
     for speaker in speakers:
         speaker.say(*[LONGEST] * 128)  # 40 MiB in all
-    await asyncio.sleep(2)
+    await asyncio.sleep(1)
     soon = memory().rss
-    await asyncio.sleep(2)
+    await asyncio.sleep(1)
     assert memory().rss < soon + 2**20 < before + 2**24
-    server.signal(signal.SIGCONT)
+    server.go_on()
     heard = []
     while len(set(heard)) < 20:
         heard += await jill.hear()
@@ -349,12 +769,12 @@ async def test_without_redis_who_speaks_has_to_wait_and_nothing_is_lost(server):
 async def test_who_stops_lets_its_users_go_and_all_others_know_at_once(server):
     here, there = await Process.start(server), await Process.start(server)
     jack, jill = *await come(here.port, "Jack"), *await come(there.port, "Jill")
-    server.signal(signal.SIGSTOP)
+    server.stop()
     jack.say("bye")
     await jack.ping()
     here.signal(signal.SIGTERM)
     await asyncio.sleep(0.5)
-    server.signal(signal.SIGCONT)
+    server.go_on()
     assert await jill.hear() == await jack.hear() == ["Jack: bye"]
     await listed([there], "Jill", within=2)
     assert await jack.closed() == (1001, "the server stops")
@@ -362,12 +782,435 @@ async def test_who_stops_lets_its_users_go_and_all_others_know_at_once(server):
         assert await here.child.wait() == 0
         await Process.start(server)  # does not wait for the one that stopped
     await Peer.login(there.port, "Jack")
-    server.signal(signal.SIGSTOP)  # and without Redis:
+    server.stop()  # and without Redis:
     there.signal(signal.SIGTERM)
     assert await jill.closed() == (1001, "the server stops")
     async with asyncio.timeout(10):
         assert await there.child.wait() == 0
-    assert "Traceback" not in here.log.read_text() + there.log.read_text()
+    assert "Traceback" not in here.log() + there.log()
+
+
+async def test_after_8_seconds_the_dead_are_gone_and_the_paused_start_over(server):
+    dead, paused, *others = await start(server, 4, alive=1)
+    await come(dead.port, "Jack", "Joe")
+    jim, jane = await come(paused.port, "Jim", "Jane")
+    jill = await Peer.login(others[0].port, "Jill")
+    await listed(others, "Jack", "Joe", "Jim", "Jane", "Jill")
+    dead.signal(signal.SIGKILL)
+    paused.stop()
+    started = time.monotonic()
+    jim.say("while paused")
+    await listed(others, "Jill", within=12)
+    assert 3 < time.monotonic() - started < 8
+    await jill.told("Jill")
+    jack = await Peer.login(others[1].port, "Jack")
+    new_jim = await Peer.login(others[1].port, "Jim")
+    paused.go_on()
+    for peer in jim, jane:
+        assert (await peer.closed())[0] == 1012  # after which a client comes back
+    jane = await come_back(paused.port, "Jane")
+    again = await Peer.ask(paused.port, "GET /ws?user=Jim", UPGRADE)
+    assert again.status == 409
+    await listed([paused, *others], "Jill", "Jack", "Jim", "Jane")
+    for peer in jane, new_jim:
+        peer.say("hello")
+    heard = [sorted(await peer.hear(2)) for peer in (jill, jack, new_jim, jane)]
+    assert heard == [["Jane: hello", "Jim: hello"]] * 4
+    assert "This process was taken for dead" in paused.log()
+
+
+async def test_what_a_process_that_is_cut_off_appends_late_is_never_heard(server):
+    async with relayed(server) as relay:
+        away, there = await start(server, 1, url=relay.url) + await start(server, 1)
+        jack, jill = *await come(away.port, "Jack"), *await come(there.port, "Jill")
+        await listed([away, there], "Jack", "Jill")
+        relay.hold(relay.asks, relay.answers)
+        jack.say("too late")
+        await listed([there], "Jill")
+        new_jack = await Peer.login(there.port, "Jack")
+        relay.release()
+        assert (await jack.closed())[0] == 1012
+        assert any(b"too late" in said for said in server.said())
+        new_jack.say("hello")
+        assert await new_jack.hear() == await jill.hear() == ["Jack: hello"]
+
+
+async def test_who_missed_a_part_lets_its_users_go_and_starts_over_twice(server):
+    away, there = await start(server, 2, alive=1)
+    jack, jill = *await come(away.port, "Jack"), *await come(there.port, "Jill")
+    for _ in range(2):
+        away.stop()
+        for text in "in the answer under way", "missed":
+            jill.say(text)
+            await jill.hear()
+        server.redis.xtrim(STREAM, maxlen=0, approximate=False)
+        jill.say("not missed")
+        await jill.hear()
+        away.go_on()
+        assert (await jack.closed())[0] == 1012
+        jack = await come_back(away.port, "Jack")
+        await listed([away, there], "Jill", "Jack")
+        jack.say("hello")
+        assert await jill.hear() == await jack.hear() == ["Jack: hello"]
+    assert away.log().count("A part of the stream is missing") == 2
+    assert "start" not in there.log()
+
+
+async def test_while_the_room_is_not_known_logins_wait_and_there_is_no_list(server):
+    away, there = await start(server, 2, alive=1)
+    await Peer.login(away.port, "Jack")
+    await listed([away, there], "Jack")
+    server.redis.xadd(
+        STREAM,
+        {"author": "x", "number": 1, "seen": "9-9", "words": '[["lost"]]', "said": ""},
+    )
+    there.stop()  # which could say what the room is
+    await until(lambda: "The stream has lost a part" in away.log())
+    answer = await Peer.ask(away.port, "GET /?getUsers2=1")
+    assert (answer.status, answer.body) == (503, "The room is not known just now")
+    await Peer.login(away.port, "Joe")
+    assert await users(away.port) == ["Joe"]
+
+
+@pytest.mark.parametrize("ahead", [0, 3600], ids=["right", "an hour ahead"])
+async def test_the_stream_keeps_what_was_said_so_long_and_no_longer(server, ahead):
+    here = await Process.start(server, "--keep", "3")
+    jack = await Peer.login(here.port, "Jack")
+    server.set_clock(ahead)
+    for i in range(100):
+        jack.say(str(i))
+        await jack.hear()
+    spoken = time.monotonic()
+    assert server.redis.xlen(STREAM) > 100
+    await until(lambda: server.redis.xlen(STREAM) < 50)
+    assert 2.5 < time.monotonic() - spoken < 4.5
+
+
+@pytest.mark.parametrize("ahead", [0, 1000], ids=["empty", "behind, too"])
+async def test_a_redis_that_comes_back_empty_leaves_one_room(server, ahead):
+    processes = await start(server, 2)
+    jack = await Peer.login(processes[0].port, "Jack")
+    server.set_clock(ahead)
+    jill = await Peer.login(processes[1].port, "Jill")
+    jill.say("hello")
+    assert await jack.hear() == await jill.hear() == ["Jill: hello"]
+    server.kill()
+    shutil.rmtree(server.folder / "appendonlydir")
+    server.start()
+    processes += await start(server, 1)
+    await listed(processes, *[""] * bool(ahead) or ["Jack", "Jill"])
+    if ahead:
+        for process in processes[:2]:
+            assert "starts over" in process.log() or "fell back" in process.log()
+        jack = await come_back(processes[0].port, "Jack")
+    joe = await come_back(processes[2].port, "Joe")
+    joe.say("hello")
+    assert await joe.hear() == await jack.hear() == ["Joe: hello"]
+
+
+async def test_who_starts_when_the_stream_is_emptied_does_not_found_a_room(server):
+    here = await Process.start(server, alive=1)
+    jack = await Peer.login(here.port, "Jack")
+    for _ in range(2):
+        jack.say("hello")
+        await jack.hear()
+        server.redis.flushall()
+        there = await Process.start(server, alive=1)
+        assert await users(there.port) == ["Jack"]
+    assert "start" not in here.log()
+
+
+@pytest.mark.parametrize("url", ["", "?protocol=3&decode_responses=True"], ids=str)
+async def test_what_is_no_entry_is_logged_once_and_skipped(server, url):
+    here, there = await start(server, 2, url=server.url + url)
+    jack, jill = *await come(here.port, "Jack"), *await come(there.port, "Jill")
+    entry = {"author": "x", "number": 1, "seen": "0-0", "words": "[]", "said": ""}
+    for fields in (
+        {"foo": "bar"},
+        entry | {"number": "one"},
+        entry | {"author": b"\xff"},
+        entry | {"seen": "now"},
+        entry | {"words": "["},
+        entry | {"words": "[" * 100_000},
+        entry | {"words": '{"a": 1}'},
+        entry | {"words": b"[\xff]"},
+        entry | {"words": '["gone", ["gone"], ["gone", 1, 2], null, 5]'},
+        entry | {"number": 2, "words": '[["moved", "Jack", "x", ["y"], 1, 2]]'},
+        entry | {"number": 3, "words": '[["moved", "Jack", "x", [1, 2, 3, 4], "", 2]]'},
+        entry | {"number": 4, "words": '[["enter", "Joe", "x", "y", 1, 2]]'},
+        entry | {"number": 5, "said": b"\x81"},
+        entry | {"number": "9" * 5000},
+    ):
+        position = server.redis.xadd(STREAM, fields).decode()
+        jack.say("hello")
+        assert await jill.hear() == await jack.hear() == ["Jack: hello"], fields
+        for process in here, there:
+            assert process.log().count(position) <= 1
+    assert here.log().count("Skipped what is no entry of a chat") >= 8
+    later = await Process.start(server, url=server.url + url)
+    await listed([here, there, later], "Jack", "Jill")
+
+
+async def test_if_nothing_can_be_read_the_process_ends_with_status_1(server):
+    here, there = await start(server, 2)
+    await Peer.login(here.port, "Jack")
+    server.redis.delete(STREAM)
+    server.redis.set(STREAM, "no stream")
+    for process in here, there:
+        async with asyncio.timeout(10):
+            assert await process.child.wait() == 1
+        assert "WRONGTYPE" in process.log().splitlines()[-1]
+        assert "Traceback" not in process.log()
+
+
+async def test_a_redis_whose_memory_is_full_heals_by_itself(tmp_path):
+    full = ["--appendonly", "no", "--maxmemory", "5mb"]
+    server = Server(tmp_path, *full, "--maxmemory-policy", "noeviction")
+    try:
+        here, there = await start(server, 2)
+        speakers = await come(here.port, *(f"user{i}" for i in range(40)))
+        for speaker in speakers:
+            speaker.say(*[LONGEST] * 8)
+        await until(lambda: "OOM" in here.log() + there.log())
+        jack = await come_back(there.port, "Jack")
+        for i in range(300):
+            jack.say(str(i))
+            await jack.hear_own(str(i)) if hasattr(jack, "hear_own") else None
+        said = 0
+        while said < 300:
+            said += (await jack.hear())[0].startswith("Jack: ")
+        await listed([here, there])
+        entries = server.redis.xlen(STREAM)
+        assert entries > 20  # it is halved once, and not with each entry from then on
+    finally:
+        server.kill()
+
+
+async def test_who_read_what_redis_lost_before_others_has_all_start_over(server):
+    async with relayed(server) as relay:
+        held = await start(server, 2, url=relay.url)
+        processes = held + await start(server, 1)
+        pages = [Page(f"user{i}", lambda i=i: processes[i]) for i in range(3)]
+        try:
+            await until(lambda: all(page.peer for page in pages))
+            await listed(processes)
+            relay.hold(relay.answers)
+            pages[0].say()
+            await until(lambda: pages[2].heard == ["user0: 0"])
+            for position, fields in server.redis.xrange(STREAM):
+                if fields[b"said"]:
+                    server.redis.xdel(STREAM, position)
+            pages[1].say()
+            await until(lambda: pages[2].heard[1:] == ["user1: 0"])
+            relay.release()
+            await until(lambda: all(page.holes == 1 for page in pages), 15)
+            await until(lambda: all(page.peer for page in pages))
+            numbers = [page.number for page in pages]
+            assert numbers == numbers[:1] * 3
+            assert len(await listed(processes)) == 3
+            for page in pages:
+                page.say()
+            await until(lambda: all(page.number == numbers[0] + 3 for page in pages))
+            assert pages[0].heard[-3:] == pages[1].heard[-3:] == pages[2].heard[-3:]
+            assert all("The stream has lost a part" in p.log() for p in processes)
+        finally:
+            for page in pages:
+                page.life.cancel()
+
+
+# Storms
+
+
+class Storm:
+    """Faults of which each ends when its method does."""
+
+    def __init__(self, server, processes, pages, dice):
+        self.server, self.processes, self.pages = server, processes, pages
+        self.dice = dice
+
+    def some(self):
+        """Return the connections of half of the pages."""
+        peers = [page.peer for page in self.pages if page.peer]
+        return self.dice.sample(peers, len(peers) // 2)
+
+    async def replace(self, i, how):
+        assert await self.processes[i].end(how) == (0 if how == signal.SIGTERM else -9)
+        self.processes[i] = await Process.start(self.server, "--keep", "60")
+
+    async def pause(self, who):
+        who.signal(signal.SIGSTOP)
+        await asyncio.sleep(self.dice.choice([0.3, 1, 2.5]))
+        who.signal(signal.SIGCONT)
+
+    async def kill_a_process(self):
+        await self.replace(self.dice.randrange(3), signal.SIGKILL)
+
+    async def stop_a_process(self):
+        await self.replace(self.dice.randrange(3), signal.SIGTERM)
+
+    async def stop_all_in_turn(self):
+        for i in range(3):
+            await self.replace(i, signal.SIGTERM)
+
+    async def pause_a_process(self):
+        await self.pause(self.dice.choice(self.processes))
+
+    async def pause_redis(self):
+        await self.pause(self.server)
+
+    async def kill_redis(self):
+        self.server.kill()
+        await asyncio.sleep(self.dice.choice([0, 1]))
+        self.server.start()
+
+    async def forbid_writing(self):
+        self.server.redis.execute_command("CLIENT", "PAUSE", "1000", "WRITE")
+        await asyncio.sleep(1)
+
+    async def cut_off_from_redis(self):
+        self.server.redis.execute_command("CLIENT", "KILL", "TYPE", "normal")
+
+    async def reset_connections(self):
+        for peer in self.some():
+            peer.vanish()
+
+    async def hang_up(self):
+        for peer in self.some():
+            peer.socket.shutdown(socket.SHUT_WR)
+
+    async def cut_a_frame(self):
+        for peer in self.some():
+            peer.writer.write(test_chat.frame(TEXT, b"half a frame")[:9])
+            peer.vanish()
+
+    async def darken(self):
+        for peer in self.some():
+            peer.stall()  # the page hears nothing more, and the server learns nothing
+
+
+async def test_in_a_storm_all_hear_all_once_in_one_order_and_are_back_in_6_s(server):
+    dice = random.Random(SEED)
+    processes = await start(server, 3)
+    # Two users at any process, and one at each who comes back there
+    pages = [Page(f"user{i}", lambda: dice.choice(processes)) for i in range(4)]
+    pages += [Page(f"witness{i}", lambda i=i: processes[i]) for i in range(3)]
+    storm = Storm(server, processes, pages, dice)
+    kinds = [
+        getattr(storm, name) for name in vars(Storm) if re.match("[a-z]+_[a-z]", name)
+    ]
+    kinds.append(storm.darken)
+    assert len(kinds) == 12
+    returns = []
+    async with talking(pages) as all_back:
+        for i in range(FAULTS):
+            if i % 12 == 0:
+                dice.shuffle(kinds)
+            await kinds[i % 12]()
+            returns.append((await all_back(), kinds[i % 12].__name__))
+            if FAULTS > 12:
+                print(
+                    f"{i + 1}: {returns[-1][1]}, all back after {returns[-1][0]:.1f} s"
+                )
+    said, heard = sum(page.texts for page in pages), sum(len(p.heard) for p in pages)
+    print(f"{FAULTS} faults, {said} said, {heard} heard, slowest return {max(returns)}")
+    assert_exactly_once(pages)
+    assert max(returns) < (6, "")
+
+
+async def test_in_a_storm_with_losses_nothing_is_heard_twice_without_a_hole(tmp_path):
+    dice = random.Random(SEED)
+    server = Server(tmp_path, "--appendonly", "no")
+    try:
+        processes = await start(server, 3)
+        pages = [Page(f"user{i}", lambda i=i: processes[i % 3]) for i in range(6)]
+        async with talking(pages) as all_back:
+            for i in range(max(6, FAULTS // 2)):
+                behind = dice.choice(processes)
+                behind.stop()
+                await asyncio.sleep(0.3)
+                if i % 3 == 0:
+                    server.kill()
+                    server.start()
+                else:
+                    count = dice.randrange(1, 20)
+                    lost = [
+                        entry
+                        for entry, _ in server.redis.xrevrange(STREAM, count=count)
+                    ]
+                    server.redis.xdel(STREAM, *lost)
+                behind.go_on()
+                await all_back()
+        numbers = [page.number for page in pages]
+        assert numbers == numbers[:1] * 6
+        for page in pages:
+            assert len(set(page.heard)) == len(page.heard)
+            assert page.heard[-10:] == pages[0].heard[-10:]
+            for other in pages:  # in the order in which they were said
+                own = [m for m in page.heard if m.startswith(other.name)]
+                assert own == sorted(own, key=lambda m: int(m.rpartition(" ")[2]))
+            if not page.holes:
+                assert (
+                    len([m for m in page.heard if m.startswith(page.name)])
+                    == page.texts
+                )
+        assert len(await listed(processes)) == 6
+        holes = sum(page.holes for page in pages)
+        print(f"{holes} holes, {sum(page.texts for page in pages)} said")
+    finally:
+        server.kill()
+
+
+async def test_sentinels_name_another_redis_when_one_dies(server, sentinel, tmp_path):
+    folder = tmp_path / "replica"
+    folder.mkdir()
+    replica = Server(folder, "--replicaof", f"127.0.0.1 {server.port}")
+    configuration, port = tmp_path / "sentinel.conf", free_port()
+    configuration.write_text(f"""
+        port {port}
+        sentinel monitor chat 127.0.0.1 {server.port} 1
+        sentinel down-after-milliseconds chat 1500
+        sentinel failover-timeout chat 3000
+    """)
+    watch = await asyncio.create_subprocess_exec(
+        sentinel, str(configuration), stdout=subprocess.DEVNULL
+    )
+    try:
+        known = Redis(port=port, decode_responses=True)
+
+        def knows_the_replica():
+            with suppress(RedisError):
+                masters = known.execute_command("SENTINEL", "MASTERS")
+                return "num-slaves" in str(masters) and replica_count() == 1
+
+        def replica_count():
+            (master,) = known.sentinel_masters().values()
+            return master["num-slaves"]
+
+        await until(knows_the_replica, 20)
+        url = f"sentinel://127.0.0.1:{port}/chat"
+        processes = await start(server, 3, url=url)
+        pages = [Page(f"user{i}", lambda i=i: processes[i]) for i in range(3)]
+        async with talking(pages) as all_back:
+            await until(
+                lambda: replica.redis.info("replication")["master_link_status"] == "up"
+            )
+            server.kill()
+            await until(
+                lambda: replica.redis.info("replication")["role"] == "master", 15
+            )
+            returned = await all_back()
+        print(f"all back {returned:.1f} s after the failover")
+        assert returned < 6
+        for page in pages:
+            assert len(set(page.heard)) == len(page.heard)
+            assert page.number == pages[0].number
+        await listed(processes, *sorted(page.name for page in pages)) if not any(
+            page.holes for page in pages
+        ) else None
+    finally:
+        watch.terminate()
+        await watch.wait()
+        replica.kill()
 
 
 # Starting
@@ -390,12 +1233,15 @@ async def test_who_starts_has_the_right_list_before_it_answers(server):
     await listed([first, *processes], *names, "user7")
 
 
-async def test_a_name_chooses_the_room_and_the_url_has_user_password_and_tls(tmp_path):
+async def test_a_name_chooses_the_room_and_the_url_has_user_password_and_tls(
+    tmp_path, openssl
+):
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     command += ["-keyout", key, "-out", certificate]
-    assert await (await asyncio.create_subprocess_exec(*command)).wait() == 0
+    making = await asyncio.create_subprocess_exec(*command, stderr=subprocess.DEVNULL)
+    assert await making.wait() == 0
     port = free_port()
     options = ["--tls-port", str(port), "--tls-auth-clients", "no"]
     options += ["--tls-cert-file", certificate, "--tls-key-file", key]
@@ -413,21 +1259,64 @@ async def test_a_name_chooses_the_room_and_the_url_has_user_password_and_tls(tmp
         await listed([here, same], "Jack")
         refused = await Process.start(server, url=url.replace("top", "no"))
         assert refused.child.returncode == 1
-        [line] = refused.log.read_text().splitlines()
+        [line] = refused.log().splitlines()
         assert "Redis" in line and "secret" not in line
     finally:
         server.kill()
 
 
 @pytest.mark.parametrize(
-    "url, status", [("redis://127.0.0.1:1", 1), ("http://127.0.0.1", 2)]
+    "url, status",
+    [
+        ("redis://127.0.0.1:1", 1),
+        ("sentinel://127.0.0.1:1/chat", 1),
+        ("http://127.0.0.1", 2),
+        ("sentinel://127.0.0.1/chat", 2),
+    ],
 )
 async def test_without_redis_at_the_start_one_line_says_so(server, url, status):
     process = await Process.start(server, url=url)
     assert process.child.returncode == status
-    *usage, line = process.log.read_text().splitlines()
+    *usage, line = process.log().splitlines()
     assert "Redis" in line
     assert not usage or status == 2
+
+
+FOREIGN = "0" * 39 + "1 127.0.0.1:1@2 master - 0 0 1 connected 0-16383\n"
+OWN = "0" * 39 + "2 :0@0 myself,master - 0 0 0 connected\n"
+
+
+@pytest.mark.parametrize("kind", ["READONLY", "MOVED", "WRONGTYPE", "NOPERM"])
+async def test_a_redis_that_cannot_be_written_to_ends_the_start(tmp_path, kind):
+    options = {
+        "READONLY": ["--replicaof", "127.0.0.1 1"],
+        "MOVED": ["--cluster-enabled", "yes"],
+    }
+    (tmp_path / "nodes.conf").write_text(
+        FOREIGN + OWN + "vars currentEpoch 1 lastVoteEpoch 0\n"
+    )
+    server = Server(tmp_path, "--appendonly", "no", *options.get(kind, ()))
+
+    def moved():
+        return b"cluster_state:ok" in server.redis.execute_command("CLUSTER", "INFO")
+
+    try:
+        url = server.url
+        if kind == "MOVED":
+            await until(moved)
+        elif kind == "WRONGTYPE":
+            server.redis.set(STREAM, "no stream")
+        elif kind == "NOPERM":
+            server.redis.execute_command(
+                "ACL", "SETUSER", "x", "on", ">x", "~y", "+@all"
+            )
+            url = url.replace("//", "//x:x@")
+        process = await Process.start(server, url=url)
+        assert process.child.returncode == 1
+        [line] = process.log().splitlines()
+        assert re.match(f"Cannot serve 127.0.0.1:0: Redis.*: {kind} ", line)
+    finally:
+        server.kill()
 
 
 NGINX = """
@@ -452,12 +1341,12 @@ http {{
 """
 
 
-async def test_nginx_spreads_users_over_the_processes_of_one_room(server):
+async def test_nginx_spreads_users_over_the_processes_of_one_room(server, nginx):
     processes, port = await start(server, 2), free_port()
     servers = " ".join(f"server 127.0.0.1:{process.port};" for process in processes)
     configuration = server.folder / "nginx.conf"
     configuration.write_text(NGINX.format(servers=servers, port=port))
-    command = ["nginx", "-p", str(server.folder), "-c", str(configuration)]
+    command = [nginx, "-p", str(server.folder), "-c", str(configuration)]
     proxy = await asyncio.create_subprocess_exec(*command)
     try:
         async with asyncio.timeout(10):
