@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aiohttp import WSMsgType, web
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
@@ -195,8 +195,9 @@ class ClusterRoom(chat.Room):
             match word:
                 case ["enter", str(name), str(login), str(key), int(turn)]:
                     self.wish(name, Owner(login, entry.author, key, turn))
-                case ["moved", str(name), str(login), [*to], credit, ago]:
-                    self.move(name, login, Owner(*to), credit, ago)
+                case ["moved", str(name), str(login), [*to], float(credit), float(ago)]:
+                    if len(to) == 4:
+                        self.move(name, login, Owner(*to), credit, ago)
                 case ["left", str(name), str(login), str(how)]:
                     if self.owns(login, name):
                         self.remove([name], how)
@@ -301,11 +302,13 @@ class ClusterRoom(chat.Room):
         elif owner.process == self.stream.author and owner.login != new.login:
             credit, ago = float(chat.BURST), 0.0
             if user := self.users.get(name):
-                credit, ago = user.credit, time.monotonic() - user.paid_at
+                credit, ago = float(user.credit), time.monotonic() - user.paid_at
                 self.let_go([user], 1000, "logged in again elsewhere")
             self.append("moved", name, owner.login, new, credit, ago)
 
-    def move(self, name: str, login: str, new: Owner, credit: Any, ago: Any) -> None:
+    def move(
+        self, name: str, login: str, new: Owner, credit: float, ago: float
+    ) -> None:
         """Give `name` to `new`, with the token bucket, if `login` still owns it."""
         if self.owns(login, name) and new.process not in self.stream.authors:
             self.remove([name], "is gone")
@@ -383,9 +386,9 @@ class ClusterRoom(chat.Room):
             self.silence = 0  # there is somebody who is going to answer
         for word in entry.words:
             match word:
-                case ["room" | "founds", str(at), authors, everyone, int(last), since]:
+                case ["room" | "founds", str(at), who, owners, int(last), str(since)]:
                     if self.stream.go_back(at):
-                        self.know(authors, everyone, last, since or entry.position)
+                        self.know(who, owners, last, since or entry.position)
 
     async def read(self) -> None:
         """Do what one entry after another says."""
@@ -513,7 +516,8 @@ class StartOver(Exception):
 
 def reason(error: Exception) -> str:
     """Return what `error` says, after the kind of error that Redis named, if it did."""
-    kind, text = getattr(error, "status_code", None) or "", str(error)
+    kind = getattr(error, "status_code", None) or ""
+    text = str(error).partition(" : ")[0]  # what follows is what redis-py was told
     return text if text.startswith(kind) else f"{kind} {text}"
 
 
@@ -570,7 +574,7 @@ class Stream:
         self.oldest = ""  # the first position read
         self.went_back_at = "0-0"
         self.fetched = deque[tuple[bytes, dict[bytes, bytes]]]()  # not read yet
-        self.times = deque[tuple[float, int]]()  # when entries of which time were read
+        self.times = deque[tuple[float, str]]()  # when which position was read
         self.faults = dict[str, tuple[str, float]]()  # of Redis, and the next pause
         self.is_full = False  # Redis has no memory left
 
@@ -643,8 +647,8 @@ class Stream:
     async def trim(self) -> None:
         """Drop what was read longer ago than is kept; if Redis is full, one half.
 
-        By the clock of this process, since that of Redis may be set back. It is needed
-        only for what is older than this process.
+        By the clock of this process, since that of Redis may be set back: then all entries
+        are of one millisecond. It is needed only for what is older than this process.
         """
         now = time.monotonic()
         if (
@@ -653,16 +657,18 @@ class Stream:
             and not self.is_full
         ):
             return
-        self.times.append((now, order(self.position)[0]))
+        self.times.append((now, self.position))
         while len(self.times) > 1 and self.times[1][0] <= now - self.keep:
             self.times.popleft()
-        read_at, milliseconds = self.times[0]
-        oldest = milliseconds - max(0, int(1000 * (read_at - now + self.keep)))
+        read_at, oldest = self.times[0]
+        if read_at > now - self.keep:
+            milliseconds = int(1000 * (read_at - now + self.keep))
+            oldest = f"{max(0, order(oldest)[0] - milliseconds)}-0"
         if self.is_full:  # which forbids XADD, but not XTRIM
             self.is_full = False
             half = await self.ask(self.redis.xlen, self.name) or 0
             await self.ask(self.redis.xtrim, self.name, maxlen=half // 2)
-        elif oldest > 0:
+        else:
             await self.ask(self.redis.xtrim, self.name, minid=oldest)
 
     async def ask(self, command: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -712,14 +718,14 @@ def connect(url: str) -> Redis:
         addresses = [host.rpartition(":") for host in hosts.split(",")]
         places = [(host, int(port)) for host, _, port in addresses]
         master = parse_url(f"redis://{user}@")
-        sentinel = Sentinel(places, sentinel_kwargs=sure, **master)  # type: ignore[no-untyped-call]
-        redis: Redis = sentinel.master_for(service)
+        sentinel: Any = Sentinel(places, sentinel_kwargs=sure)  # type: ignore[no-untyped-call]
+        pool: ConnectionPool = SentinelConnectionPool(service, sentinel, **master)  # type: ignore[no-untyped-call]
     else:
-        redis = Redis.from_url(url)
+        pool = ConnectionPool.from_url(url)
     # What this program relies on prevails over options in the URL.
     sure |= {"protocol": 2, "decode_responses": False, "legacy_responses": True}
-    redis.connection_pool.connection_kwargs.update(sure)
-    return redis
+    pool.connection_kwargs.update(sure)
+    return Redis.from_pool(pool)
 
 
 def make_app(

@@ -220,7 +220,7 @@ class Relay:
 
     def __init__(self):
         self.asks, self.answers = asyncio.Event(), asyncio.Event()  # cleared: held up
-        self.cuts, self.commands = False, 0
+        self.cuts, self.commands, self.writers = False, 0, []
 
     def hold(self, *ways):
         for way in ways:
@@ -230,8 +230,14 @@ class Relay:
         self.asks.set()
         self.answers.set()
 
+    def cut(self):
+        for writer in self.writers:
+            writer.transport.abort()
+        self.release()
+
     async def connect(self, reader, writer):
         answers, asked = await asyncio.open_connection("127.0.0.1", self.to)
+        self.writers.append(writer)
 
         async def ask():
             while command := await reader.read(2**18):
@@ -369,6 +375,7 @@ async def talking(pages, pause=0.1):
         now = time.monotonic()
         return await all_are(lambda page: now < page.back_since < float("inf"))
 
+    talkers = []
     try:
         await all_are(lambda page: page.peer)
         talkers = [asyncio.create_task(talk(page)) for page in pages]
@@ -607,13 +614,12 @@ async def test_who_has_the_key_takes_over_after_all_that_was_said(server, to):
     for turn in range(2, 12):
         old.say(*map(str, range(100)))
         await old.hear()  # the rest is under way
-        login = Peer.login(
-            processes[to].port, "Jack", key=f"{key}.{turn}", after=place + 1
-        )
-        while not (task := asyncio.create_task(login)).done():
+        query = {"key": f"{key}.{turn}", "after": place + 1}
+        login = asyncio.create_task(Peer.login(processes[to].port, "Jack", **query))
+        while not login.done():
             old.say("more")
             await asyncio.sleep(0.005)
-        new = task.result()
+        new = login.result()
         old.say("too late")
         assert await old.closed() == (1000, "logged in again elsewhere")
         assert await new.here() == place + 1
@@ -877,13 +883,12 @@ async def test_the_stream_keeps_what_was_said_so_long_and_no_longer(server, ahea
     here = await Process.start(server, "--keep", "3")
     jack = await Peer.login(here.port, "Jack")
     server.set_clock(ahead)
-    for i in range(100):
+    for i in range(300):
         jack.say(str(i))
         await jack.hear()
-    spoken = time.monotonic()
-    assert server.redis.xlen(STREAM) > 100
-    await until(lambda: server.redis.xlen(STREAM) < 50)
-    assert 2.5 < time.monotonic() - spoken < 4.5
+    assert server.redis.xlen(STREAM) > 300
+    # Redis drops them a hundred at a time.
+    assert 2 < await until(lambda: server.redis.xlen(STREAM) < 200) < 4
 
 
 @pytest.mark.parametrize("ahead", [0, 1000], ids=["empty", "behind, too"])
@@ -934,7 +939,7 @@ async def test_what_is_no_entry_is_logged_once_and_skipped(server, url):
         entry | {"words": "[" * 100_000},
         entry | {"words": '{"a": 1}'},
         entry | {"words": b"[\xff]"},
-        entry | {"words": '["gone", ["gone"], ["gone", 1, 2], null, 5]'},
+        entry | {"words": '["gone", ["gone"], ["gone", 1, 2], 5]'},
         entry | {"number": 2, "words": '[["moved", "Jack", "x", ["y"], 1, 2]]'},
         entry | {"number": 3, "words": '[["moved", "Jack", "x", [1, 2, 3, 4], "", 2]]'},
         entry | {"number": 4, "words": '[["enter", "Joe", "x", "y", 1, 2]]'},
@@ -988,8 +993,8 @@ async def test_a_redis_whose_memory_is_full_heals_by_itself(tmp_path):
 
 async def test_who_read_what_redis_lost_before_others_has_all_start_over(server):
     async with relayed(server) as relay:
-        held = await start(server, 2, url=relay.url)
-        processes = held + await start(server, 1)
+        processes = await start(server, 2, url=relay.url, alive=1)
+        processes += await start(server, 1, alive=1)
         pages = [Page(f"user{i}", lambda i=i: processes[i]) for i in range(3)]
         try:
             await until(lambda: all(page.peer for page in pages))
@@ -1002,7 +1007,7 @@ async def test_who_read_what_redis_lost_before_others_has_all_start_over(server)
                     server.redis.xdel(STREAM, position)
             pages[1].say()
             await until(lambda: pages[2].heard[1:] == ["user1: 0"])
-            relay.release()
+            relay.cut()  # so that what was lost is appended again
             await until(lambda: all(page.holes == 1 for page in pages), 15)
             await until(lambda: all(page.peer for page in pages))
             numbers = [page.number for page in pages]
@@ -1204,9 +1209,7 @@ async def test_sentinels_name_another_redis_when_one_dies(server, sentinel, tmp_
         for page in pages:
             assert len(set(page.heard)) == len(page.heard)
             assert page.number == pages[0].number
-        await listed(processes, *sorted(page.name for page in pages)) if not any(
-            page.holes for page in pages
-        ) else None
+        assert len(await listed(processes)) == 3
     finally:
         watch.terminate()
         await watch.wait()
