@@ -452,6 +452,8 @@ class ClusterRoom(chat.Room):
                         self.append("gone", process, "is gone")
                 if time.monotonic() > self.told_at + self.keep / 8:
                     self.to_tell = self.is_eldest()
+            if self.to_tell:
+                self.wake.set()
 
     def is_eldest(self) -> bool:
         """Tell whether this process is in the room for the longest time."""
