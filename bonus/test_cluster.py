@@ -921,8 +921,13 @@ async def test_a_redis_that_comes_back_empty_leaves_one_room(server, ahead):
 async def test_who_starts_when_the_stream_is_emptied_does_not_found_a_room(server):
     here = await Process.start(server, alive=1)
     await Peer.login(here.port, "Jack")
+    here.stop()
     server.redis.flushall()
-    there = await Process.start(server, alive=1)
+    starting = asyncio.create_task(Process.start(server, alive=1))
+    await until(lambda: server.redis.exists(STREAM))
+    await asyncio.sleep(1.5)  # it has given a sign of life, and nobody else has
+    here.go_on()
+    there = await starting
     assert await users(there.port) == ["Jack"]
     assert "start" not in here.log()
 
@@ -971,7 +976,7 @@ async def test_if_nothing_can_be_read_the_process_ends_with_status_1(server):
 
 
 async def test_a_redis_whose_memory_is_full_heals_by_itself(tmp_path):
-    full = ["--appendonly", "no", "--maxmemory", "5mb"]
+    full = ["--appendonly", "no", "--maxmemory", "3mb"]
     server = Server(tmp_path, *full, "--maxmemory-policy", "noeviction")
     try:
         here, there = await start(server, 2)
@@ -979,7 +984,7 @@ async def test_a_redis_whose_memory_is_full_heals_by_itself(tmp_path):
         for speaker in speakers:
             speaker.say(*[LONGEST] * 8)
         await until(lambda: "OOM" in here.log() + there.log())
-        jack = await come_back(there.port, "Jack")
+        jack = await come_back(here.port, "Jack")
         for i in range(100):
             jack.say(str(i))
             while await jack.hear() != [f"Jack: {i}"]:
