@@ -668,8 +668,10 @@ class Stream:
             oldest = f"{max(0, order(oldest)[0] - milliseconds)}-0"
         if self.is_full:  # which forbids XADD, but not XTRIM
             self.is_full = False
-            half = await self.ask(self.redis.xlen, self.name) or 0
-            await self.ask(self.redis.xtrim, self.name, maxlen=half // 2)
+            half = (await self.ask(self.redis.xlen, self.name) or 0) // 2
+            # If that may be approximate, Redis may drop nothing at all.
+            exactly: dict[str, Any] = {"maxlen": half, "approximate": False}
+            await self.ask(self.redis.xtrim, self.name, **exactly)
         else:
             await self.ask(self.redis.xtrim, self.name, minid=oldest)
 
