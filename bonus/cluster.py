@@ -410,12 +410,12 @@ class ClusterRoom(chat.Room):
             except StartOver as error:
                 log.warning("%s: the users of this process have to come back", error)
                 self.let_go([*self.users.values()], 1012, str(error))
-                words: list[Any] = [("gone", self.stream.author, "has to come back")]
+                gone = "gone", self.stream.author, "has to come back"
                 if isinstance(error, Lost) and self.knows:
-                    words.append(
-                        ("lost",)
-                    )  # so that all start over, with other numbers
-                self.be_born(*words)
+                    # All have to start over then, with other numbers.
+                    self.be_born(gone, ("lost",))
+                else:
+                    self.be_born(gone)
 
     async def life(self) -> None:
         """Learn what the stream keeps, then take part, until StartOver is raised."""
@@ -516,7 +516,7 @@ class StartOver(Exception):
     """This process does not know what others know; says why."""
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return what `error` says, after the kind of error that Redis named, if it did."""
     kind = getattr(error, "status_code", None) or ""
     text = str(error).partition(" : ")[0]  # what follows is what redis-py was told
@@ -653,11 +653,8 @@ class Stream:
         are of one millisecond. It is needed only for what is older than this process.
         """
         now = time.monotonic()
-        if (
-            self.times
-            and now < self.times[-1][0] + self.keep / 100
-            and not self.is_full
-        ):
+        newest = self.times[-1][0] if self.times else now - self.keep
+        if now < newest + self.keep / 100 and not self.is_full:
             return
         self.times.append((now, self.position))
         while len(self.times) > 1 and self.times[1][0] <= now - self.keep:
@@ -680,13 +677,15 @@ class Stream:
 
         If to wait does not help, raise OSError.
         """
-        name, fault = command.__name__, None
+        name = command.__name__
+        fault: BaseException | None = None
         before, pause = self.faults.pop(name, ("", 0.05))
         try:
             answer = await command(*args, **options)
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, asyncio.CancelledError) as error:
             fault = error
-        # Before Python 3.12, wait_for(), which redis-py uses, may lose a cancellation.
+        # Before Python 3.12, wait_for(), which redis-py uses, may lose a cancellation; and
+        # one that nobody asked for would end this task without a word.
         if (task := asyncio.current_task()) and task.cancelling():
             raise asyncio.CancelledError
         if fault is None:

@@ -14,7 +14,6 @@ The storm can be longer: SEED=7 FAULTS=60 ALIVE=1 pytest bonus/test_cluster.py -
 
 import asyncio
 import itertools
-import json
 import os
 import random
 import re
@@ -143,11 +142,6 @@ class Server:
 
     def said(self):
         return [fields[b"said"] for _, fields in self.redis.xrange(STREAM)]
-
-    def words(self):
-        """Return the words of all entries, one a string."""
-        entries = [fields[b"words"] or b"[]" for _, fields in self.redis.xrange(STREAM)]
-        return [json.dumps(word) for words in entries for word in json.loads(words)]
 
 
 class Process:
