@@ -168,7 +168,8 @@ class ClusterRoom(chat.Room):
             if self.to_tell:
                 draft.words.append(self.state())
                 self.to_tell = False
-            await self.stream.append(draft.words, bytes(draft.said))
+            last = self.last if self.knows else None
+            await self.stream.append(draft.words, bytes(draft.said), last)
             draft.done.set()
             for user in draft.asking.values():
                 super().answer(user)
@@ -189,8 +190,13 @@ class ClusterRoom(chat.Room):
         authors[entry.author] = entry.number, entry.position
         self.silent[entry.author] = 0
         if order(entry.seen) >= order(self.since):
+            if entry.last not in (None, self.places.get(entry.seen, entry.last)):
+                raise Lost("Others have other messages")
             for message in entry.said:
                 self.add(message)
+        self.places[entry.position] = self.last
+        if len(self.places) > 1000:
+            del self.places[next(iter(self.places))]
         for word in entry.words:
             match word:
                 case ["enter", str(name), str(login), str(key), int(turn)]:
@@ -349,6 +355,8 @@ class ClusterRoom(chat.Room):
         # Signs of life since the last one of that process, and of any that knows the room
         self.silent = Counter[str]()
         self.silence = 0
+        # The number of the last message at each of the last positions
+        self.places = dict[str, int]()
         self.told_at = 0.0  # when somebody said what the room is
         self.to_tell = False  # this process is to say it
         self.ready.clear()
@@ -368,6 +376,7 @@ class ClusterRoom(chat.Room):
         self.stream.authors = {name: tuple(it) for name, it in authors.items()}
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
         self.messages.clear()
+        self.places.clear()
         self.size, self.last, self.forgotten = 0, last, last
         self.flush()
 
@@ -543,6 +552,7 @@ class Entry:
     seen: str  # the position of the entry that its author had read last
     words: list[Any]
     said: list[bytes]  # messages, each a frame
+    last: int | None  # the number of the last message at `seen`, if its author knew
 
     @classmethod
     def parse(cls, position: str, fields: dict[bytes, bytes]) -> Entry:
@@ -558,7 +568,8 @@ class Entry:
                 size = 4 + int.from_bytes(rest[2:4])
             said.append(rest[:size])
             rest = rest[size:]
-        return cls(position, author, int(fields[b"number"]), seen, words, said)
+        last = int(fields[b"last"]) if b"last" in fields else None
+        return cls(position, author, int(fields[b"number"]), seen, words, said, last)
 
 
 class Stream:
@@ -580,9 +591,10 @@ class Stream:
         self.faults = dict[str, tuple[str, float]]()  # of Redis, and the next pause
         self.is_full = False  # Redis has no memory left
 
-    async def append(self, words: list[Any], said: bytes) -> None:
+    async def append(self, words: list[Any], said: bytes, last: int | None) -> None:
         """Append an entry until it is read back, and obeyed.
 
+        `last` is the number of the last message, as of what was read, if that is known.
         Redis may take it though the answer is lost, or lose it though it has answered.
         Who reads it twice knows that by its number.
         """
@@ -591,6 +603,8 @@ class Stream:
         seen, text = self.position, json.dumps(words) if words else ""
         entry: dict[Any, Any] = {"author": self.author, "number": self.number}
         entry |= {"seen": seen, "words": text, "said": said}
+        if last is not None:
+            entry["last"] = last
         while not self.read_back.is_set():
             if position := await self.ask(self.redis.xadd, self.name, entry):
                 if order(position.decode()) <= order(seen):
