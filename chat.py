@@ -82,9 +82,6 @@ class User(web.WebSocketResponse):
         self.key, self.turn = "", 0  # who it is, and which of its connections this is
         self.after: int | None = None  # the number of the last message that it heard
         self.questions: list[int] = []  # places at which to answer, two at most
-        # While a transport holds more than its limit, by default 64 KiB, aiohttp's close()
-        # waits, and its timeout does not count. A batch has up to 96.
-        transport.set_write_buffer_limits(MIB)
         # The kernel would hold megabytes, and a ping come behind them, too late for a pong.
         with suppress(AttributeError, OSError):  # Windows has no such option
             kernel = transport.get_extra_info("socket")
@@ -137,8 +134,10 @@ def cut_off(transport: asyncio.Transport) -> None:
 
 # 3. The room: who is here, and what was said
 
-MAX_BATCH = 80 * KIB  # bytes; above, a batch is written at once
-MAX_WAIT = 0.002  # seconds that a batch waits for more
+# With its last message, a batch has less than 64 KiB: while a transport holds more than
+# that, aiohttp's close() waits, and its timeout does not count.
+MAX_BATCH = 44 * KIB  # bytes; above, a batch is written at once
+MAX_WAIT = 0.02  # seconds that a batch waits for more
 MAX_KEPT = 4 * MIB  # bytes of messages that are kept
 
 

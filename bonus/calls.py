@@ -138,6 +138,7 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
     id = hashlib.sha256(key.encode()).hexdigest()[:16]
     if transport is None or chat.is_cross_origin(request):
         raise web.HTTPForbidden(text="The pages of other sites may not join")
+    transport.set_write_buffer_limits(MAX_BEHIND)  # or close() may wait, see chat.py
     member = chat.User(name, transport)
     with suppress(ValueError):  # aiohttp's, of a header that is not ASCII
         await member.prepare(request)
