@@ -239,7 +239,7 @@ class ClusterRoom(chat.Room):
 
     def flush_when_quiet(self, seen: int, until: float) -> None:
         """Flush at once: an entry is a batch already, and to wait again would only cost."""
-        self.waiting = False
+        self.flush_is_due = False
         self.flush()
 
     def changed(self, name: str, how: str) -> None:
