@@ -992,9 +992,9 @@ async def test_it_fits_every_screen_and_axe_finds_no_violation(browser, url):
                 await expect(seen).to_be_in_viewport(ratio=0.99)
             for seen in await tiles(page).all():
                 box = await seen.bounding_box()
-                assert min(box["width"], box["height"]) > (
-                    35 if what == "enlarged" else 60
-                )
+                # After 20 s, there is also a line that says who is not reached.
+                least = 25 if what == "enlarged" else 60
+                assert min(box["width"], box["height"]) > least
             if shots:
                 await page.screenshot(path=f"{shots}/{what}_{width}.png")
 
