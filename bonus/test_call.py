@@ -992,13 +992,14 @@ async def test_it_fits_every_screen_and_axe_finds_no_violation(browser, url):
                 await expect(seen).to_be_in_viewport(ratio=0.99)
             for seen in await tiles(page).all():
                 box = await seen.bounding_box()
-                # After 20 s, there is also a line that says who is not reached.
-                least = 25 if what == "enlarged" else 60
+                least = 35 if what.startswith("enlarged") else 60
                 assert min(box["width"], box["height"]) > least
             if shots:
                 await page.screenshot(path=f"{shots}/{what}_{width}.png")
 
     jack = await visit(browser, url)
+    await jack.clock.install()
+    await jack.reload()
     await check(jack, "lobby")
     await enter(jack, "Jack")
     jill = await join(browser, url, "Jill with a name as long as can")
@@ -1011,6 +1012,9 @@ async def test_it_fits_every_screen_and_axe_finds_no_violation(browser, url):
         await check(jack, "call of six")
         await button(jack, "Enlarge Jack (you)").click()
         await check(jack, "enlarged")
+        await wait(jack, 21)  # then a line more says who is not reached
+        await expect(alert(jack)).to_contain_text("No way to")
+        await check(jack, "enlarged, with a notice")
 
 
 if __name__ == "__main__":

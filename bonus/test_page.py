@@ -453,9 +453,9 @@ class TestPage(WithLines):
         await timed.hears("hello")
         line.fail("dark", way)
         await (timed.wait(20) if "silence" in seen else timed.hide(False))
-        await timed.wait(5)
+        await timed.wait(6)
         assert len(timed.sockets) == 1
-        await timed.wait(3)
+        await timed.wait(2)
         await until("another connection", lambda: len(timed.sockets) == 2)
         jill.say("hi")
         await timed.hears("hello", "hi")
