@@ -75,9 +75,9 @@ class User(web.WebSocketResponse):
         )
         self.name, self.transport = name, transport
         self.credit, self.paid_at = float(BURST), time.monotonic()  # in bytes, seconds
-        self.place = 0  # the number of the last message written to the transport
-        self.catching_up = True  # catch_up() is going on, or is to begin
+        self.place = 0  # the number of the last message written to it; 0 before begin()
         self.to_notify = False  # that the list of users has changed
+        self.catching_up: asyncio.Task[None] | None = None  # while it is behind
         # What chapter 5 needs:
         self.key, self.turn = "", 0  # who it is, and which of its connections this is
         self.after: int | None = None  # the number of the last message that it heard
@@ -152,6 +152,9 @@ def frame(kind: WSMsgType, payload: bytes) -> bytes:
     return bytes([0x80 | kind, *length]) + payload  # 0x80: no fragment follows
 
 
+NOTICE = frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
+
+
 class Room:
     """Who is logged in, and the last messages."""
 
@@ -164,7 +167,8 @@ class Room:
         self.forgotten = self.last  # the number of the last one that is not kept
         self.flushed = self.last  # the number of the last one that flush() wrote
         self.batch = bytearray()  # the messages after that one
-        self.flush_is_due = self.announce_is_due = False
+        self.flushing: asyncio.Task[None] | None = None  # while it waits for more
+        self.announce_is_due = False
 
     def names(self) -> list[str]:
         """Return the names of all who are logged in, in order of login."""
@@ -202,34 +206,31 @@ class Room:
         self.batch += message
         if len(self.batch) > MAX_BATCH:
             self.flush()
-        elif not self.flush_is_due:
-            self.flush_is_due, loop = True, asyncio.get_running_loop()
-            # From `flushed` on, this message is new: so one iteration is waited for.
-            loop.call_soon(self.flush_when_quiet, self.flushed, loop.time() + MAX_WAIT)
+        elif not self.flushing:
+            self.flushing = asyncio.create_task(self.flush_soon())
 
-    def flush_when_quiet(self, seen: int, until: float) -> None:
-        """Flush; but if messages came after number `seen`, look in the next iteration.
+    async def flush_soon(self) -> None:
+        """Flush in the first iteration of the event loop that brings no more messages.
 
-        A write to a socket costs the same for one message as for fifty. So a batch waits as
-        long as each iteration of the event loop brings more: in a quiet room, none does,
-        and in a busy one, many messages share a write.
+        A write to a socket costs the same for one message as for fifty. In a quiet room, the
+        next iteration brings none; in a busy one, many messages share a write.
         """
-        loop = asyncio.get_running_loop()
-        self.flush_is_due = self.last > seen and loop.time() < until
-        if self.flush_is_due:
-            loop.call_soon(self.flush_when_quiet, self.last, until)
-        else:
-            self.flush()
+        seen, until = self.flushed, time.monotonic() + MAX_WAIT
+        while self.last > seen and time.monotonic() < until:
+            seen = self.last
+            await asyncio.sleep(0)  # that is one iteration
+        self.flushing = None
+        self.flush()
 
     def flush(self) -> None:
         """Write the batch to all who lack it and nothing else; the others catch up."""
         batch, before = bytes(self.batch), self.flushed
         self.batch, self.flushed = bytearray(), self.last
         for user in list(self.users.values()):
-            if user.place == before and user.is_ready() and not user.to_notify:
-                user.transport.write(batch)
-                user.place = self.last
-            elif not user.catching_up:
+            if user.place == before and user.is_ready():
+                user.transport.write(NOTICE + batch if user.to_notify else batch)
+                user.place, user.to_notify = self.last, False
+            elif user.place:
                 self.catch_up(user)
 
     def changed(self, name: str, how: str) -> None:
@@ -264,35 +265,45 @@ class Room:
     # place: the messages are kept in the room, once for all.
 
     def catch_up(self, user: User) -> None:
-        """Write the next 16 KiB, or 256 messages, of what `user` lacks, if it is ready."""
-        if self.users.get(user.name) is not user:
-            return
-        loop, user.catching_up = asyncio.get_running_loop(), True
-        hole = user.place < self.forgotten
-        if hole and user.after is None:  # it does not count, and would not see the hole
-            self.leave(user, "was let go: too far behind")
-            return cut_off(user.transport)
-        if not user.is_ready():  # asyncio will tell aiohttp, but not us, so look again
-            loop.call_later(max(0.01, len(self.users) / 10_000), self.catch_up, user)
-            return
-        piece = bytearray()
-        if user.to_notify:
-            piece += frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
-            user.to_notify = False
-        if hole:  # go on with the newer half: the oldest would soon be forgotten, too
+        """Have a task write what `user` lacks, unless there is one."""
+        if not user.catching_up:
+            user.catching_up = asyncio.create_task(self.write_rest(user))
+
+    async def write_rest(self, user: User) -> None:
+        """Write what `user` lacks, a piece whenever it is ready, until it lacks nothing."""
+        while self.is_behind(user):
+            if user.place < self.forgotten and user.after is None:
+                # It has no number to count from, so it would not see the hole.
+                self.leave(user, "was let go: too far behind")
+                cut_off(user.transport)
+            elif user.is_ready():
+                user.transport.write(self.next_piece(user))
+                await asyncio.sleep(0)  # others run in between
+            else:  # asyncio will tell aiohttp, but not us, when it is: so look again
+                await asyncio.sleep(max(0.01, len(self.users) / 10_000))
+        user.catching_up = None
+
+    def is_behind(self, user: User) -> bool:
+        """Tell whether `user` is logged in, and lacks something."""
+        lacks = user.place < self.last or user.questions or user.to_notify
+        return bool(lacks) and self.users.get(user.name) is user
+
+    def next_piece(self, user: User) -> bytearray:
+        """Return the next 16 KiB, or 256 messages, of what `user` lacks; move its place."""
+        piece = bytearray(NOTICE if user.to_notify else b"")
+        user.to_notify = False
+        if user.place < self.forgotten:
+            # Go on with the newer half: the oldest would soon be forgotten, too.
             user.place = self.last - len(self.messages) // 2
             piece += user.here()
-        end = min(self.last, user.place + 256)  # so that others run in between
+        end = min(self.last, user.place + 256)
         while user.place < end and len(piece) < 16 * KIB:
             user.place += 1
             piece += self.messages[user.place]
-        if any(place <= user.place for place in user.questions):
+        if any(number <= user.place for number in user.questions):
             piece += user.here()
-            user.questions = [place for place in user.questions if place > user.place]
-        user.transport.write(piece)
-        user.catching_up = user.place < self.last
-        if user.catching_up:
-            loop.call_soon(self.catch_up, user)
+            user.questions = [n for n in user.questions if n > user.place]
+        return piece
 
     # 5. Who comes back
     #
@@ -333,8 +344,7 @@ class Room:
         """Tell `user` its place as soon as it has all that was said until now."""
         # Of many, the oldest is kept, and the newest, which does for all between.
         user.questions[1:] = [self.last]
-        if not user.catching_up:
-            self.catch_up(user)
+        self.catch_up(user)
 
 
 ROOM = web.AppKey("room", Room)

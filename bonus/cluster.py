@@ -237,9 +237,9 @@ class ClusterRoom(chat.Room):
             self.changed(name, how)
         self.utter_again()
 
-    def flush_when_quiet(self, seen: int, until: float) -> None:
+    async def flush_soon(self) -> None:
         """Flush at once: an entry is a batch already, and to wait again would only cost."""
-        self.flush_is_due = False
+        self.flushing = None
         self.flush()
 
     def changed(self, name: str, how: str) -> None:
