@@ -1039,7 +1039,7 @@ https://a.org/"><script>alert(1)</script> | https://a.org/
 https://a.org/photo\u202egpj.exe http://b/\u2066c | https://a.org/photo http://b/
 https://a.org/żółw/李雷?ü=ß | https://a.org/żółw/李雷?ü=ß
 """
-fixture = pytest_asyncio.fixture(loop_scope="class")
+fixture = pytest_asyncio.fixture(loop_scope="session")
 
 
 class Tab:
@@ -1095,17 +1095,16 @@ def check_playwright():
         unable(f"Playwright does not start: {packages}")
 
 
-@pytest_asyncio.fixture(loop_scope="class", scope="class")
-async def browser():
+@asynccontextmanager
+async def chromium(*arguments, names=("chromium-headless-shell", "chromium")):
     """Playwright's own Chromium if it is there, else what the machine has."""
     check_playwright()
     async with async_playwright() as player:
-        names = "chromium", "chromium-browser", "google-chrome", "chrome"
+        names = *names, "chromium-browser", "google-chrome", "chrome"
         path = next(filter(None, map(shutil.which, names)), None)
-        rule = "--host-resolver-rules=MAP chat.test 127.0.0.1"
         for options in {}, {"executable_path": path}, {"channel": "chrome"}:
             with suppress(Error):
-                browser = await player.chromium.launch(args=[rule], **options)
+                browser = await player.chromium.launch(args=arguments, **options)
                 break
         else:
             unable("the page needs a browser: apt install chromium")
@@ -1113,10 +1112,16 @@ async def browser():
         await browser.close()
 
 
+@pytest_asyncio.fixture(loop_scope="session", scope="session")
+async def browser():
+    async with chromium("--host-resolver-rules=MAP chat.test 127.0.0.1") as browser:
+        yield browser
+
+
 @pytest.mark.page
-@pytest.mark.asyncio(loop_scope="class")
+@pytest.mark.asyncio(loop_scope="session")
 class WithPages:
-    """What tests with pages share; a browser lives as long as the event loop of a class."""
+    """What tests with pages share; a browser starts slowly, so that one does for all."""
 
     tab_class = Tab
 

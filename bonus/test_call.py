@@ -30,17 +30,17 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from aiohttp import ClientSession
+from aiohttp import ClientSession, ClientWebSocketResponse
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Locator, Page, expect
-from test_media import LIMIT, chromium, fixture, free_port, readme, running
+from test_media import LIMIT, fixture, free_port, readme, running
 
-from test_chat import program, unable
+from test_chat import chromium, program, unable
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.page]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.page]
 DENIED = "Permission denied."  # in Chromium's words
 FLAGS = [
-    "--use-fake-device-for-media-stream=device-count=3",  # the second has no colours
+    "--use-fake-device-for-media-stream=device-count=3,fps=5",  # the second has no colours
     # A connection over the loopback alone, where there is no other network.
     "--allow-loopback-in-peer-connection",
 ]
@@ -51,6 +51,7 @@ PREFERENCES = {  # the same for Firefox
     "media.peerconnection.ice.obfuscate_host_addresses": False,
     "media.autoplay.default": 0,
 }
+BOTH = ["camera", "microphone"]  # permissions
 number = itertools.count()
 
 # Keeps the connections, so that their statistics can be asked for, and the own tracks.
@@ -159,7 +160,7 @@ class Fox:
         await until(self, "document.querySelector('#status.online')")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def allowing():
     """A Chromium that gives every page camera, microphone and screen."""
     mapped = "--host-resolver-rules=MAP chat.example 127.0.0.1"
@@ -167,10 +168,10 @@ async def allowing():
         yield browser
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def asking():
-    """A Chromium that gives a page only what is in the permissions of its context."""
-    async with chromium(*FLAGS) as browser:
+    """A whole Chromium, which gives a page what is in the permissions of its context."""
+    async with chromium(*FLAGS, names=["chromium"]) as browser:
         yield browser
 
 
@@ -187,7 +188,7 @@ def geckodriver(folder: Path) -> str:
     return str(unpacked)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def fox(tmp_path_factory):
     """A page in Firefox, which gives it camera and microphone."""
     try:
@@ -219,7 +220,14 @@ async def browser(allowing):
         await context.close()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@fixture
+async def whole(asking):
+    yield asking
+    for context in asking.contexts:
+        await context.close()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def server():
     """The address of a server with no ICE servers."""
     port = free_port()
@@ -437,8 +445,8 @@ async def test_a_press_enlarges_a_picture_and_escape_brings_all_back(browser, ur
         assert await tile(jack, "Jill").bounding_box() == before
 
 
-async def test_microphone_and_camera_can_be_chosen_and_are_remembered(browser, url):
-    jack, jill = await join_both(browser, url)
+async def test_microphone_and_camera_can_be_chosen_and_are_remembered(whole, url):
+    jack, jill = await join_both(whole, url, permissions=BOTH)
     await jill.locator("summary").click()
     live = """taken.filter((t) => t.readyState === 'live')
         .map((t) => t.getSettings().deviceId).sort()"""
@@ -520,7 +528,7 @@ async def test_all_who_get_ones_picture_share_a_bound_on_bits(browser, url):
     await until(pages[0], f"{bounds}.join() === '2500000'")
 
 
-async def test_the_screen_stays_awake_during_a_call(browser, url):
+async def test_the_screen_stays_awake_during_a_call(whole, url):
     spy = """window.locks = [];
         const request = WakeLock.prototype.request;
         WakeLock.prototype.request = async function (kind) {
@@ -528,7 +536,9 @@ async def test_the_screen_stays_awake_during_a_call(browser, url):
           locks.push(lock);
           return lock;
         };"""
-    jack = await join(browser, url, "Jack", script=spy)
+    jack = await join(
+        whole, url, "Jack", script=spy, permissions=[*BOTH, "screen-wake-lock"]
+    )
     await until(jack, "locks.map((lock) => lock.released).join() === 'false'")
     await button(jack, "Leave").click()
     await until(jack, "locks.map((lock) => lock.released).join() === 'true'")
@@ -723,10 +733,9 @@ async def test_the_seventh_is_told_that_the_call_is_full(browser, url):
     ],
     ids=["nothing", "the microphone", "the camera"],
 )
-async def test_who_does_not_allow_a_device_joins_without_it(asking, url, allowed, said):
-    both = ["camera", "microphone"]
-    jack = await join(asking, url, "Jack", permissions=both)
-    jill = await join(asking, url, "Jill", permissions=allowed)
+async def test_who_does_not_allow_a_device_joins_without_it(whole, url, allowed, said):
+    jack = await join(whole, url, "Jack", permissions=BOTH)
+    jill = await join(whole, url, "Jill", permissions=allowed)
     await expect(alert(jill)).to_have_text(said)
     await see(jill, "Jack")
     await hear(jill, "Jack")
@@ -736,11 +745,9 @@ async def test_who_does_not_allow_a_device_joins_without_it(asking, url, allowed
     if "camera" in allowed:
         await see(jack, "Jill")
     else:  # who thinks better of it
-        await jill.context.grant_permissions(both)
+        await jill.context.grant_permissions(BOTH)
         await button(jill, "Camera off").click()
         await see(jack, "Jill")
-    for page in jack, jill:
-        await page.context.close()
 
 
 async def test_a_screen_can_be_shared_without_a_camera(browser, url):
@@ -974,6 +981,12 @@ async def test_it_works_by_keyboard_alone_and_the_name_is_remembered(browser, ur
     await expect(button(page, "Join")).to_be_focused()
 
 
+async def read(ws: ClientWebSocketResponse) -> None:
+    """Read, as every client must: who does not answers no ping, and is let go."""
+    async for _ in ws:
+        pass
+
+
 async def test_it_fits_every_screen_and_axe_finds_no_violation(browser, url):
     shots = os.environ.get("SHOTS")  # a folder for pictures of what is tested here
 
@@ -1006,8 +1019,9 @@ async def test_it_fits_every_screen_and_axe_finds_no_violation(browser, url):
     await button(jill, "Camera off").click()
     async with ClientSession() as session, AsyncExitStack() as stack:
         for number in range(3, 7):
-            ws = session.ws_connect(f"{url}/ws?user={'W' * 32}&key={number}")
-            await stack.enter_async_context(ws)
+            joining = session.ws_connect(f"{url}/ws?user={'W' * 32}&key={number}")
+            ws = await stack.enter_async_context(joining)
+            stack.callback(asyncio.create_task(read(ws)).cancel)
             await expect(tiles(jack)).to_have_count(number)
         await check(jack, "call of six")
         await button(jack, "Enlarge Jack (you)").click()

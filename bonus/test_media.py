@@ -32,21 +32,20 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import media
-import playwright.async_api
 import psutil
 import pytest
 import pytest_asyncio
 from aiohttp import ClientSession, ClientWSTimeout, TCPConnector, WSMsgType, web
 from aiohttp.test_utils import TestClient, TestServer
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Browser, Locator, Page, async_playwright, expect
+from playwright.async_api import Locator, Page, expect
 from yarl import URL
 
-from test_chat import check_playwright, program, unable
+from test_chat import chromium, program
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # a browser starts slowly
+pytestmark = pytest.mark.asyncio(loop_scope="session")  # a browser starts slowly
 on_page = pytest.mark.page
-fixture = pytest_asyncio.fixture(loop_scope="module")
+fixture = pytest_asyncio.fixture(loop_scope="session")
 HERE = Path(__file__).parent
 LIMIT = 30  # seconds after which whatever is awaited is not going to happen
 MEBIBYTE = 2**20
@@ -930,26 +929,10 @@ async def test_several_processes_need_a_folder_that_they_share():
 # The page, in Chromium
 
 
-@asynccontextmanager
-async def chromium(*arguments: str) -> AsyncIterator[Browser]:
-    """Playwright's own Chromium if it is there, else what the machine has."""
-    check_playwright()
-    async with async_playwright() as player:
-        names = "chromium", "chromium-browser", "google-chrome", "chrome"
-        path = next(filter(None, map(shutil.which, names)), None)
-        found: dict[str, Any]
-        for found in {}, {"executable_path": path}, {"channel": "chrome"}:
-            with suppress(playwright.async_api.Error):
-                browser = await player.chromium.launch(**found, args=arguments)
-                yield browser
-                await browser.close()
-                return
-    unable("there is no browser: apt install chromium, or playwright install")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser():
-    async with chromium() as browser:
+    """A whole Chromium: what is called its headless shell has no notifications."""
+    async with chromium(names=["chromium"]) as browser:
         yield browser
 
 

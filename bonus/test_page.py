@@ -999,8 +999,8 @@ class WebKit(Engine):
 
 
 @pytest_asyncio.fixture(
-    loop_scope="class",
-    scope="class",
+    loop_scope="session",
+    scope="session",
     params=[Firefox, WebKit],
     ids=["Firefox", "WebKit"],
 )
