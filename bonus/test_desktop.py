@@ -109,7 +109,8 @@ def end_loop(loop):
 
     async def finish():
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT)
+        _, running = await asyncio.wait(tasks, timeout=LIMIT) if tasks else (0, 0)
+        assert not running, "\n".join(str(task.get_stack()) for task in running)
 
     asyncio.run_coroutine_threadsafe(finish(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
