@@ -67,6 +67,19 @@ class Call:
         self.members: dict[str, chat.User] = {}  # by ID
         self.names: dict[str, str] = {}  # of those who were introduced, by ID
         self.changing = False  # introduce() is on its way
+        self.credit = float(MAX_MEMBERS * chat.BURST)  # bytes for those who come
+        self.paid_at = time.monotonic()
+
+    def pay_for(self, member: chat.User) -> None:
+        """Give who comes what this call has left for that, instead of a new burst.
+
+        So nobody floods a call by coming, talking and leaving again, as somebody else.
+        """
+        now = time.monotonic()
+        self.credit += chat.RATE * (now - self.paid_at)
+        self.credit, self.paid_at = min(self.credit, MAX_MEMBERS * chat.BURST), now
+        member.credit = min(self.credit, chat.BURST)
+        self.credit -= member.credit
 
     def changed(self) -> None:
         """Introduce the members soon, once for all changes until then.
@@ -94,7 +107,8 @@ class Call:
         """Pass [TO, KIND, CONTENT] on to that member as [FROM, KIND, CONTENT]."""
         with suppress(ValueError, TypeError, RecursionError):  # of nonsense
             to, kind, content = json.loads(payload)
-            if to in self.names and kind in ("description", "candidate"):
+            known = {sender, to} <= self.names.keys()
+            if known and kind in ("description", "candidate"):
                 self.tell(to, [sender, kind, content])
 
     def tell(self, id: str, said: object) -> None:
@@ -150,6 +164,8 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
     elif len(call.members) == MAX_MEMBERS:
         await member.close(code=4000, message=b"the call is full, it has 6 members")
         return member
+    else:
+        call.pay_for(member)
     call.members[id] = member
     try:
         call.changed()

@@ -657,6 +657,40 @@ async def test_of_700_who_come_and_go_at_once_few_are_ever_introduced(client):
     assert await told(jack, list) == [JILL, "candidate", {}]
 
 
+async def test_who_comes_anew_again_and_again_may_say_no_more_than_who_stays(client):
+    jack, _ = await meet(client, "jack", "jill")
+    candidate = json.dumps([JACK, "candidate", "x" * 16_000])
+    members, heard = dict[str, str](), 0
+
+    async def hear() -> None:
+        nonlocal members, heard
+        async for message in jack:
+            said = json.loads(message.data)
+            if isinstance(said, dict):
+                members = said["members"]
+            else:
+                assert said[0] in members
+                heard += len(message.data)
+
+    async def talk(seat: int) -> None:
+        for turn in range(3):
+            path = f"/call/call/ws?user=Mallory&key={seat}-{turn}"
+            async with client.ws_connect(path) as mallory:
+                await mallory.send_str(candidate)  # before all are told who it is
+                await told(mallory)
+                for _ in range(7):
+                    await mallory.send_str(candidate)
+            # Now the server has read all of that, since it has answered the close frame.
+
+    began, hearing = time.monotonic(), asyncio.create_task(hear())
+    await asyncio.gather(*(talk(seat) for seat in range(4)))
+    await jack.close()
+    await hearing
+    # A burst for each of the four, and 32 KiB/s for each, and for those who come.
+    assert heard <= 4 * 131_072 + 5 * 32_768 * (time.monotonic() - began)
+    assert heard >= 3 * 4 * 7 * 16_000
+
+
 async def test_a_question_is_answered_with_what_all_were_told(client):
     jack, jill = await meet(client, "jack", "jill")
     await jack.send_bytes(b"?")
@@ -1244,6 +1278,19 @@ async def test_each_notification_has_author_and_text_or_the_name_of_a_file(page)
         ["Jill", "my cat.png"],
         ["Jill", "Join the call"],
     ]
+
+
+@on_page
+async def test_what_was_said_before_gives_no_notification(page):
+    await page.context.grant_permissions(["notifications"])
+    await notify(page).click()
+    await say(page, "long ago")
+    await page.add_init_script("hide(true)")
+    await page.reload()  # as a browser may do with a tab of yesterday
+    await expect(page.locator("#status")).to_have_text("Online")
+    await say(page, "heard")
+    await page.wait_for_function("() => shown.length", polling=50)
+    assert await page.evaluate("shown") == [["Jill", "heard"]]
 
 
 @on_page
