@@ -4,9 +4,9 @@ Each message gets a number and is kept for a while, and each user has a place: t
 the last message that was written to its connection. Who reads slowly goes on from there; who
 has lost the connection and comes back, from the last message that it heard.
 
-Read from the top. Chapters 1 to 3 are the chat. Each of the next three answers one thing that
-goes wrong in a simple one: somebody reads slowly, comes back, or is not who may come in. The
-last one serves it all. There are no passwords, and nothing is stored on a disk.
+Read from the top. Chapters 1 to 3 are the chat. The next two answer what goes wrong in a simple
+one: somebody reads slowly, or loses the connection and comes back. 6 and 7 can wait: who may
+come in, and how it is served. There are no passwords, and nothing is stored on a disk.
 """
 
 import argparse
@@ -35,7 +35,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     """Log a user in, pass on what is said, log the user off: a task for each connection."""
     room = request.app[ROOM]
     user = admit(request)  # or raise a refusal, which ends it here
-    await room.enter(user)  # first of all, or two could get the same name
+    await room.enter(user)  # before anything else is awaited, or two get the same name
     try:
         await user.prepare(request)  # answers the handshake: now it is a WebSocket
         room.begin(user)
@@ -82,14 +82,14 @@ class User(web.WebSocketResponse):
         self.key, self.turn = "", 0  # who it is, and which of its connections this is
         self.after: int | None = None  # the number of the last message that it heard
         self.questions: list[int] = []  # places at which to answer, two at most
-        # The kernel would hold megabytes, and a ping come behind them, too late for a pong.
+        # Else the kernel holds megabytes, behind which the server's ping waits for too long.
         with suppress(AttributeError, OSError):  # Windows has no such option
             kernel = transport.get_extra_info("socket")
             kernel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16 * KIB)
 
     async def read(self) -> AsyncIterator[tuple[WSMsgType, bytes]]:
         """Yield the kind and the bytes of each text and binary message; answer pings."""
-        await self.pay(0)  # what an older connection of this user owes
+        await self.pay(0)  # the debt that replace() took over from an older connection
         async for kind, data, _ in self:
             if kind is WSMsgType.ERROR:
                 return  # a broken frame: aiohttp has closed the connection
@@ -134,8 +134,7 @@ def cut_off(transport: asyncio.Transport) -> None:
 
 # 3. The room: who is here, and what was said
 
-# With its last message, a batch has less than 64 KiB: while a transport holds more than
-# that, aiohttp's close() waits, and its timeout does not count.
+# A transport that holds 64 KiB makes aiohttp's close() wait: so 44, and a last message.
 MAX_BATCH = 44 * KIB  # bytes; above, a batch is written at once
 MAX_WAIT = 0.02  # seconds that a batch waits for more
 MAX_KEPT = 4 * MIB  # bytes of messages that are kept
@@ -144,8 +143,8 @@ MAX_KEPT = 4 * MIB  # bytes of messages that are kept
 def frame(kind: WSMsgType, payload: bytes) -> bytes:
     """Return a frame of under 64 KiB as a server sends it (RFC 6455, section 5.2).
 
-    It is neither masked nor compressed, so the same bytes do for everyone. They are made
-    once, and go past aiohttp, which would make them for each user; its own come between.
+    It is neither masked nor compressed, so the same bytes do for everyone. aiohttp would make
+    them for each user; these are made once, and written between its own, such as pings.
     """
     size = len(payload)
     length = [size] if size < 126 else [126, *size.to_bytes(2, "big")]
@@ -175,7 +174,7 @@ class Room:
         return list(self.users)
 
     async def enter(self, user: User) -> None:
-        """Log `user` in. Nothing has suspended since admit() found the name free."""
+        """Log `user` in. This awaits nothing, so the name is as free as admit() found it."""
         old = self.users.get(user.name)
         self.users[user.name] = user
         if old is None:
@@ -215,8 +214,8 @@ class Room:
         A write to a socket costs the same for one message as for fifty. In a quiet room, the
         next iteration brings none; in a busy one, many messages share a write.
         """
-        seen, until = self.flushed, time.monotonic() + MAX_WAIT
-        while self.last > seen and time.monotonic() < until:
+        seen, until = 0, time.monotonic() + MAX_WAIT
+        while seen < self.last and time.monotonic() < until:
             seen = self.last
             await asyncio.sleep(0)  # that is one iteration
         self.flushing = None
@@ -224,13 +223,13 @@ class Room:
 
     def flush(self) -> None:
         """Write the batch to all who lack it and nothing else; the others catch up."""
-        batch, before = bytes(self.batch), self.flushed
+        batch, start = bytes(self.batch), self.flushed
         self.batch, self.flushed = bytearray(), self.last
         for user in list(self.users.values()):
-            if user.place == before and user.is_ready():
+            if user.place == start and user.is_ready() and not user.questions:
                 user.transport.write(NOTICE + batch if user.to_notify else batch)
                 user.place, user.to_notify = self.last, False
-            elif user.place:
+            elif user.place:  # 0: its handshake is not done
                 self.catch_up(user)
 
     def changed(self, name: str, how: str) -> None:
@@ -279,24 +278,28 @@ class Room:
             elif user.is_ready():
                 user.transport.write(self.next_piece(user))
                 await asyncio.sleep(0)  # others run in between
-            else:  # asyncio will tell aiohttp, but not us, when it is: so look again
+            else:  # nobody tells us when it is, so look again
                 await asyncio.sleep(max(0.01, len(self.users) / 10_000))
         user.catching_up = None
 
     def is_behind(self, user: User) -> bool:
         """Tell whether `user` is logged in, and lacks something."""
-        lacks = user.place < self.last or user.questions or user.to_notify
-        return bool(lacks) and self.users.get(user.name) is user
+        asks = any(number <= self.flushed for number in user.questions)
+        lacks = user.place < self.flushed or asks or user.to_notify
+        return lacks and self.users.get(user.name) is user
 
     def next_piece(self, user: User) -> bytearray:
-        """Return the next 16 KiB, or 256 messages, of what `user` lacks; move its place."""
+        """Return the next 16 KiB, or 256 messages, of what `user` lacks; move its place.
+
+        What is in the batch, everyone is going to get with that.
+        """
         piece = bytearray(NOTICE if user.to_notify else b"")
         user.to_notify = False
         if user.place < self.forgotten:
             # Go on with the newer half: the oldest would soon be forgotten, too.
             user.place = self.last - len(self.messages) // 2
             piece += user.here()
-        end = min(self.last, user.place + 256)
+        end = min(self.flushed, user.place + 256)
         while user.place < end and len(piece) < 16 * KIB:
             user.place += 1
             piece += self.messages[user.place]
@@ -309,14 +312,15 @@ class Room:
     #
     # A phone changes its network, and its connection is dead. How does everyone hear exactly
     # once what its user says?
-    # 1. The page asks, with a binary frame, and no answer comes. (The server's pings find it
-    #    out, too, after 38 s.) It keeps what it said until that comes back.
+    # 1. The page keeps what it said until it hears it. After some silence, it asks, with a
+    #    binary frame, and no answer comes.
     # 2. It opens another connection, with `after`, the number of the last message that it
-    #    heard, and with `key`, a secret of its own. So this one takes the name over,
-    # 3. and what the old connection says from then on, say() drops.
-    # 4. The page gets what it missed, and asks again. {{Here N}} comes after all of that.
-    # 5. What it said and has not heard by then was never said, and it says that again.
-    #    Unless {{Here}} told of a hole: then it may have been said, and the user decides.
+    #    heard, and with `key`, a secret of its own. So this one takes the name over.
+    # 3. What the old connection has said has a number by now. What it says from now on gets
+    #    none: say() drops it.
+    # 4. The page gets what it missed, and asks again. {{Here N}} comes after all that had a
+    #    number then. So what it said and has not heard has none, and it says that again.
+    # 5. Unless {{Here}} told of a hole: then it may have been said, and the user decides.
 
     def is_free_for(self, user: User) -> bool:
         """Tell whether nobody has the name, or the same user on no later connection.
@@ -333,16 +337,17 @@ class Room:
 
     def begin(self, user: User) -> None:
         """Give `user` its place: at the end, or where it wants to go on."""
-        user.place = self.last
-        if user.after is not None:  # negative: so many before the end
-            number = user.after if user.after >= 0 else self.last + user.after
-            user.place = min(max(number, self.forgotten), self.last)
+        user.place = self.flushed
+        if user.after is not None:
+            number = user.after + (self.last if user.after < 0 else 0)
+            user.place = min(max(number, self.forgotten), self.flushed)
             user.transport.write(user.here())
         self.catch_up(user)
 
     def answer(self, user: User) -> None:
         """Tell `user` its place as soon as it has all that was said until now."""
-        # Of many, the oldest is kept, and the newest, which does for all between.
+        # The oldest is kept, or who asks all the time gets no answer; the newest does for the
+        # rest.
         user.questions[1:] = [self.last]
         self.catch_up(user)
 
@@ -379,7 +384,7 @@ def admit(request: web.Request) -> User:
     with suppress(ValueError):  # which aiohttp raises for a header that is not ASCII
         if user.can_prepare(request).ok:
             return user
-    # Refused here, before enter() replaces somebody:
+    # It is no WebSocket. prepare() would say so, too, but after enter() replaced somebody.
     headers = {"Connection": "Upgrade", "Upgrade": "websocket"}
     headers["Sec-WebSocket-Version"] = "13"
     raise web.HTTPUpgradeRequired(headers=headers, text="Connect with a WebSocket")

@@ -291,8 +291,8 @@ class Page:
         self.peer = None  # while it may talk
         self.life = asyncio.create_task(self.live())
 
-    def say(self):
-        text = str(self.texts)
+    def say(self, size=0):
+        text = str(self.texts).ljust(size, "x")
         self.texts += 1
         self.unheard.append(text)
         self.times[text] = time.monotonic()
@@ -771,6 +771,22 @@ async def test_without_redis_who_speaks_has_to_wait_and_nothing_is_lost(server):
         heard += await jill.hear()
     assert len(heard) >= 100  # since each may say eight at once
     assert 2**15 < max(map(len, server.said())) < 2**17
+
+
+async def test_who_has_more_to_say_than_is_read_while_redis_is_away_says_it_all(server):
+    here, there = await start(server, 2)
+    pages = [Page(f"user{i}", [here, there].__getitem__, i) for i in range(2)]
+    async with coming(pages) as (jack, jill):
+        server.stop()
+        for _ in range(40):
+            jack.say(16_000)
+        await until(lambda: jack.turn > 2 and jill.turn > 2)  # they came in vain
+        assert jack.heard == []
+        server.go_on()
+        await until(lambda: not jack.unheard, 40)  # 512 KiB at 32 KiB a second
+        await until(lambda: jill.heard == jack.heard)
+        assert [len(text) for text in jack.heard] == [len("user0: ") + 16_000] * 40
+        assert (jack.holes, jill.holes) == (0, 0)
 
 
 async def test_who_stops_lets_its_users_go_and_all_others_know_at_once(server):
