@@ -159,7 +159,8 @@ class Process:
         with process.path.open("wb") as log:
             process.child = await asyncio.create_subprocess_exec(
                 *[*command, "--alive", str(alive), *options],
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                # aiohttp reads what is trusted while it is imported, which takes its time.
+                env=os.environ | {"SSL_CERT_FILE": os.devnull},
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
             )
