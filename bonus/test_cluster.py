@@ -1031,10 +1031,11 @@ async def test_who_read_what_redis_lost_before_others_has_all_start_over(server)
             await until(lambda: pages[1].heard[1:] == ["user1: 0"])
             late.go_on()
             relay.cut()  # so that what was lost is appended again
-            await until(lambda: all(page.holes == 1 for page in pages), 15)
+            # Or two: who starts over since it lacks this may know no better at first.
+            await until(lambda: all(page.holes >= 1 for page in pages), 15)
             await until(lambda: all(page.peer for page in pages))
+            await until(lambda: len({page.number for page in pages}) == 1)
             numbers = [page.number for page in pages]
-            assert numbers == numbers[:1] * 3
             assert len(await listed(processes)) == 3
             for page in pages:
                 page.say()
