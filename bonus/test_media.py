@@ -38,7 +38,7 @@ import pytest_asyncio
 from aiohttp import ClientSession, ClientWSTimeout, TCPConnector, WSMsgType, web
 from aiohttp.test_utils import TestClient, TestServer
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import Browser, Locator, Page, expect
 from yarl import URL
 
 from test_chat import chromium, program
@@ -965,6 +965,12 @@ async def test_several_processes_need_a_folder_that_they_share():
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser():
+    async with chromium() as browser:
+        yield browser
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def whole():
     """A whole Chromium: what is called its headless shell has no notifications."""
     async with chromium(names=["chromium"]) as browser:
         yield browser
@@ -990,11 +996,14 @@ window.hide = (now) => {
 """
 
 
-@fixture
-async def page(browser, folder):
+@asynccontextmanager
+async def entered(
+    browser: Browser, folder: Path, **options: Any
+) -> AsyncIterator[Page]:
     """The page with John in the room; 1 MiB a file, 3 MiB in all; its errors fail."""
     async with serve(folder, MEBIBYTE, 3 * MEBIBYTE) as client:
-        context = await browser.new_context(base_url=str(client.make_url("/")))
+        url = str(client.make_url("/"))
+        context = await browser.new_context(base_url=url, **options)
         page, errors = await context.new_page(), []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on(
@@ -1006,6 +1015,19 @@ async def page(browser, folder):
         yield page
         await context.close()
         assert errors == []
+
+
+@fixture
+async def page(browser, folder):
+    async with entered(browser, folder) as page:
+        yield page
+
+
+@fixture
+async def tab(whole, folder):
+    """The page, which may show notifications."""
+    async with entered(whole, folder, permissions=["notifications"]) as page:
+        yield page
 
 
 async def enter(page: Page) -> None:
@@ -1246,33 +1268,31 @@ async def test_a_call_is_a_link_that_is_said_and_opened(page):
 
 
 @on_page
-async def test_a_burst_while_the_tab_is_hidden_gives_one_notification(page):
-    await page.context.grant_permissions(["notifications"])
-    await notify(page).click()
-    await expect(notify(page)).to_have_accessible_description("on")
-    await say(page, "you see this one")
-    await expect(log(page)).to_contain_text("you see this one")
-    await page.evaluate("hide(true)")
-    await say(page, *map(str, range(1000)))
-    await page.wait_for_function("() => shown.length", polling=50)
-    await page.wait_for_timeout(1000)  # in which another would come
-    [(title, text)] = await page.evaluate("shown")
+async def test_a_burst_while_the_tab_is_hidden_gives_one_notification(tab):
+    await notify(tab).click()
+    await expect(notify(tab)).to_have_accessible_description("on")
+    await say(tab, "you see this one")
+    await expect(log(tab)).to_contain_text("you see this one")
+    await tab.evaluate("hide(true)")
+    await say(tab, *map(str, range(1000)))
+    await tab.wait_for_function("() => shown.length", polling=50)
+    await tab.wait_for_timeout(1000)  # in which another would come
+    [(title, text)] = await tab.evaluate("shown")
     assert re.fullmatch(r"Jill and \d+ more", title)
     assert text.isdigit()
 
 
 @on_page
-async def test_each_notification_has_author_and_text_or_the_name_of_a_file(page):
-    await page.context.grant_permissions(["notifications"])
-    await notify(page).click()
-    cat = f"{page.url}files/{'a' * 24}/my%20cat.png"
-    call = f"{page.url}call/abc"
+async def test_each_notification_has_author_and_text_or_the_name_of_a_file(tab):
+    await notify(tab).click()
+    cat = f"{tab.url}files/{'a' * 24}/my%20cat.png"
+    call = f"{tab.url}call/abc"
     for number, text in enumerate(["hello", "are you there?", cat, call]):
-        await page.evaluate("hide(true)")
-        await say(page, text)
-        await page.wait_for_function(f"() => shown.length > {number}", polling=50)
-        await page.evaluate("hide(false)")
-    assert await page.evaluate("shown") == [
+        await tab.evaluate("hide(true)")
+        await say(tab, text)
+        await tab.wait_for_function(f"() => shown.length > {number}", polling=50)
+        await tab.evaluate("hide(false)")
+    assert await tab.evaluate("shown") == [
         ["Jill", "hello"],
         ["Jill", "are you there?"],
         ["Jill", "my cat.png"],
@@ -1281,38 +1301,36 @@ async def test_each_notification_has_author_and_text_or_the_name_of_a_file(page)
 
 
 @on_page
-async def test_what_was_said_before_gives_no_notification(page):
-    await page.context.grant_permissions(["notifications"])
-    await notify(page).click()
-    await say(page, "long ago")
-    await page.add_init_script("hide(true)")
-    await page.reload()  # as a browser may do with a tab of yesterday
-    await expect(page.locator("#status")).to_have_text("Online")
-    await say(page, "heard")
-    await page.wait_for_function("() => shown.length", polling=50)
-    assert await page.evaluate("shown") == [["Jill", "heard"]]
+async def test_what_was_said_before_gives_no_notification(tab):
+    await notify(tab).click()
+    await say(tab, "long ago")
+    await tab.add_init_script("hide(true)")
+    await tab.reload()  # as a browser may do with a tab of yesterday
+    await expect(tab.locator("#status")).to_have_text("Online")
+    await say(tab, "heard")
+    await tab.wait_for_function("() => shown.length", polling=50)
+    assert await tab.evaluate("shown") == [["Jill", "heard"]]
 
 
 @on_page
-async def test_notify_is_remembered_and_can_be_switched_off(page):
-    await page.context.grant_permissions(["notifications"])
-    await expect(notify(page)).to_have_accessible_description("off")
-    await notify(page).click()
-    await expect(notify(page)).to_have_accessible_description("on")
-    await page.reload()
-    await expect(notify(page)).to_be_checked()
-    await notify(page).click()
-    await expect(notify(page)).to_have_accessible_description("off")
-    await page.reload()
-    await expect(notify(page)).not_to_be_checked()
-    if await page.get_by_role("textbox", name="User name").is_editable():
-        await enter(page)
-    await expect(page.locator("#status")).to_have_text("Online")
-    await page.evaluate("hide(true)")
-    await say(page, "hello")
-    await expect(page).to_have_title("(1) Chat")
-    await page.wait_for_timeout(1000)  # in which one would come
-    assert await page.evaluate("shown") == []
+async def test_notify_is_remembered_and_can_be_switched_off(tab):
+    await expect(notify(tab)).to_have_accessible_description("off")
+    await notify(tab).click()
+    await expect(notify(tab)).to_have_accessible_description("on")
+    await tab.reload()
+    await expect(notify(tab)).to_be_checked()
+    await notify(tab).click()
+    await expect(notify(tab)).to_have_accessible_description("off")
+    await tab.reload()
+    await expect(notify(tab)).not_to_be_checked()
+    if await tab.get_by_role("textbox", name="User name").is_editable():
+        await enter(tab)
+    await expect(tab.locator("#status")).to_have_text("Online")
+    await tab.evaluate("hide(true)")
+    await say(tab, "hello")
+    await expect(tab).to_have_title("(1) Chat")
+    await tab.wait_for_timeout(1000)  # in which one would come
+    assert await tab.evaluate("shown") == []
 
 
 @on_page
