@@ -404,6 +404,23 @@ class TestProtocol:
 
     # 1. A connection, from its beginning to its end
 
+    async def test_who_is_dead_is_gone_within_45_seconds_but_no_talker(self, port):
+        started = time.monotonic()
+        jill, dead, gone = await login(port, "Jill", "Dead", "Gone")
+        gone.stall()
+        await flood(jill)
+        gone.writer.write_eof()  # which nobody sees before that is taken
+        (await Peer.login(port, "Jack")).say(*map(str, range(10_000)))  # takes 17 s
+        hearing = asyncio.create_task(jill.hear(10_001))
+        while (await dead.receive())[0] != PING:
+            pass
+        assert time.monotonic() > started + 24.9
+        while await users(port) != ["Jill", "Jack"]:
+            assert time.monotonic() < started + 45
+            await asyncio.sleep(0.5)
+        jill.say("end")
+        assert await hearing == [*(f"Jack: {i}" for i in range(10_000)), "Jill: end"]
+
     @pytest.mark.parametrize("sent_and_answers", FRAMES.values(), ids=FRAMES)
     async def test_each_frame_is_answered_so(self, port, sent_and_answers):
         jill, jack = await login(port, "Jill", "Jack")
@@ -492,23 +509,6 @@ class TestProtocol:
         for name in talkers:
             mine = [message for message in heard[0] if message.startswith(f"{name}: ")]
             assert mine == [f"{name}: {text}" for text in texts]
-
-    async def test_who_is_dead_is_gone_within_45_seconds_but_no_talker(self, port):
-        started = time.monotonic()
-        jill, dead, gone = await login(port, "Jill", "Dead", "Gone")
-        gone.stall()
-        await flood(jill)
-        gone.writer.write_eof()  # which nobody sees before that is taken
-        (await Peer.login(port, "Jack")).say(*map(str, range(10_000)))  # takes 17 s
-        hearing = asyncio.create_task(jill.hear(10_001))
-        while (await dead.receive())[0] != PING:
-            pass
-        assert time.monotonic() > started + 24.9
-        while await users(port) != ["Jill", "Jack"]:
-            assert time.monotonic() < started + 45
-            await asyncio.sleep(0.5)
-        jill.say("end")
-        assert await hearing == [*(f"Jack: {i}" for i in range(10_000)), "Jill: end"]
 
     # 3. The room: who is here, and what was said
 
