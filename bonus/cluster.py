@@ -46,6 +46,7 @@ import chat
 PATIENCE = 6  # seconds that a login waits; by then, a dead process is gone
 MAX_WAITING = 1000  # logins at once; more would fill the memory while Redis is away
 SILENT = 5  # signs of life; who gives none between so many of another's is gone
+END = b"\xff"  # of a message: no UTF-8 has it
 log = logging.getLogger("chat")
 
 
@@ -62,25 +63,24 @@ class Draft:
     """The next entry of this process, as it gathers while another is under way."""
 
     words: list[Any] = field(default_factory=list)
-    said: bytearray = field(default_factory=bytearray)  # messages
+    said: bytearray = field(default_factory=bytearray)  # messages, each with END
     # Who want to know whether all that they said was heard
     asking: dict[str, chat.User] = field(default_factory=dict)
-    # Set when this gathers no more, and when it is read, and obeyed
-    taken: asyncio.Event = field(default_factory=asyncio.Event)
-    done: asyncio.Event = field(default_factory=asyncio.Event)
+    taken: asyncio.Event = field(default_factory=asyncio.Event)  # it gathers no more
+    done: asyncio.Event = field(default_factory=asyncio.Event)  # it is read, and obeyed
 
 
 class ClusterRoom(chat.Room):
     """The room of all processes; its `users` are those of this one."""
 
-    to_tell: bool
-    since: str
+    since: str  # what was said by who had not read so far is not heard
 
     def __init__(self, redis: Redis, name: str, keep: float, alive: float) -> None:
         super().__init__()
         self.redis, self.name, self.keep, self.alive = redis, name, keep, alive
         self.wake = asyncio.Event()  # set when there is something to append
-        self.ready = asyncio.Event()  # set while this process is in the room
+        # Set while it knows the room, and has read all that was there when it started
+        self.ready = asyncio.Event()
         self.pending: dict[str, Wish] = {}  # logins, by a random word for each
         self.closing = set[asyncio.Task[bool]]()
         self.draft = Draft()
@@ -99,8 +99,7 @@ class ClusterRoom(chat.Room):
         while len(self.draft.said) > chat.MAX_BATCH:
             await self.draft.taken.wait()
         if self.users.get(user.name) is user:
-            message = user.name.encode() + b": " + text
-            self.draft.said += chat.frame(WSMsgType.TEXT, message)
+            self.draft.said += user.name.encode() + b": " + text + END
             self.wake.set()
 
     def answer(self, user: chat.User) -> None:
@@ -163,11 +162,8 @@ class ClusterRoom(chat.Room):
             draft.taken.set()
             if self.ready.is_set():
                 draft.words += self.wishes()
-            if not self.knows:
-                draft.words.append(("asks",))
-            if self.to_tell:
+            if self.is_to_tell():
                 draft.words.append(self.state())
-                self.to_tell = False
             last = self.last if self.knows else None
             await self.stream.append(draft.words, bytes(draft.said), last)
             draft.done.set()
@@ -182,28 +178,31 @@ class ClusterRoom(chat.Room):
         if not self.knows:
             return self.learn(entry)
         if not await self.stream.is_next(entry):
-            stranger = entry.author not in authors and entry.author != me
-            if stranger and self.ready.is_set():
+            if self.ready.is_set() and entry.author not in {me, *authors}:
                 # It does not know that it was taken for dead, and is going to read this.
                 self.append("gone", entry.author, "is gone")
             return
         authors[entry.author] = entry.number, entry.position
         self.silent[entry.author] = 0
+        if entry.last is None:  # its author asks what the room is
+            self.tell_at = 0.0
+            self.wake.set()
         if order(entry.seen) >= order(self.since):
-            if entry.last not in (None, self.places.get(entry.seen, entry.last)):
+            # What is the last message there for its author, is that for this process.
+            if entry.last not in (None, self.counts.get(entry.seen, entry.last)):
                 raise Lost("Others have other messages")
             for message in entry.said:
                 self.add(message)
-        self.places[entry.position] = self.last
-        if len(self.places) > 1000:
-            del self.places[next(iter(self.places))]
+        self.counts[entry.position] = self.last
+        if len(self.counts) > 1000:
+            del self.counts[next(iter(self.counts))]
         for word in entry.words:
             match word:
                 case ["enter", str(name), str(login), str(key), int(turn)]:
                     self.wish(name, Owner(login, entry.author, key, turn))
-                case ["moved", str(name), str(login), [*to], float(credit), float(ago)]:
+                case ["moved", str(name), str(login), [*to], float(credit)]:
                     if len(to) == 4:
-                        self.move(name, login, Owner(*to), credit, ago)
+                        self.move(name, login, Owner(*to), credit)
                 case ["left", str(name), str(login), str(how)]:
                     if self.owns(login, name):
                         self.remove([name], how)
@@ -219,23 +218,20 @@ class ClusterRoom(chat.Room):
                     self.draft.said.clear()
                     self.remove([*self.everyone], "was let go: " + reason)
                     self.let_go([*self.users.values()], 1000, reason)
-                case ["asks"]:
-                    self.to_tell |= self.is_eldest()
-                case ["room", *_]:
-                    self.told_at = time.monotonic()
+                case ["room", *_] if self.ready.is_set():
+                    self.tell_at = time.monotonic() + self.keep / 8
                 case ["founds", *_] if order(entry.seen) >= order(self.since):
                     raise StartOver("This process was taken for dead")
                 case ["lost"]:
                     raise StartOver("The stream has lost a part")
-        if self.to_tell:
-            self.wake.set()
 
     def remove(self, names: list[str], how: str) -> None:
         """Take `names` off the list."""
         for name in names:
             del self.everyone[name]
             self.changed(name, how)
-        self.utter_again()
+        if self.pending:
+            self.utter_again()
 
     async def flush_soon(self) -> None:
         """Flush at once: an entry is a batch already, and to wait again would only cost."""
@@ -256,21 +252,21 @@ class ClusterRoom(chat.Room):
     async def enter(self, user: chat.User) -> None:
         """Log `user` in, or raise HTTPConflict; without Redis, HTTPServiceUnavailable."""
         taken = web.HTTPConflict(text=f"User {user.name} already logged in")
+        away = web.HTTPServiceUnavailable(text="The room cannot be reached just now")
         if not self.is_free_for(user):
             raise taken
-        if len(self.pending) < MAX_WAITING:
-            login, wish = secrets.token_hex(8), Wish(user)
-            self.pending[login] = wish
-            self.wake.set()
-            try:
-                answered = await happens(wish.answered, PATIENCE)
-            finally:
-                del self.pending[login]
-            if answered and self.users.get(user.name) is user:
-                return
-            if answered:
-                raise taken
-        raise web.HTTPServiceUnavailable(text="The room cannot be reached just now")
+        if len(self.pending) >= MAX_WAITING:
+            raise away
+        login, wish = secrets.token_hex(8), Wish(user)
+        self.pending[login] = wish
+        self.wake.set()
+        try:
+            if not await happens(wish.answered, PATIENCE):
+                raise away
+        finally:
+            del self.pending[login]
+        if self.users.get(user.name) is not user:
+            raise taken
 
     def is_free_for(self, user: chat.User) -> bool:
         """Tell whether the name is nobody's, in no process, or the same user's."""
@@ -306,21 +302,19 @@ class ClusterRoom(chat.Room):
             if wish and not self.is_free_for(wish.user):
                 wish.answered.set()
         elif owner.process == self.stream.author and owner.login != new.login:
-            credit, ago = float(chat.BURST), 0.0
+            credit = float(chat.BURST)
             if user := self.users.get(name):
-                credit, ago = float(user.credit), time.monotonic() - user.paid_at
+                credit = user.credit + chat.RATE * (time.monotonic() - user.paid_at)
                 self.let_go([user], 1000, "logged in again elsewhere")
-            self.append("moved", name, owner.login, new, credit, ago)
+            self.append("moved", name, owner.login, new, credit)
 
-    def move(
-        self, name: str, login: str, new: Owner, credit: float, ago: float
-    ) -> None:
+    def move(self, name: str, login: str, new: Owner, credit: float) -> None:
         """Give `name` to `new`, with the token bucket, if `login` still owns it."""
         if self.owns(login, name) and new.process not in self.stream.authors:
             self.remove([name], "is gone")
         elif self.owns(login, name):
             if wish := self.pending.get(new.login):
-                wish.user.credit, wish.user.paid_at = credit, time.monotonic() - ago
+                wish.user.credit, wish.user.paid_at = credit, time.monotonic()
             self.give(name, new, "came back")
 
     def give(self, name: str, owner: Owner, how: str) -> None:
@@ -355,28 +349,21 @@ class ClusterRoom(chat.Room):
         # Signs of life since the last one of that process, and of any that knows the room
         self.silent = Counter[str]()
         self.silence = 0
-        # The number of the last message at each of the last positions
-        self.places = dict[str, int]()
-        self.told_at = 0.0  # when somebody said what the room is
-        self.to_tell = False  # this process is to say it
+        self.tell_at = 0.0  # when the eldest is to say again what the room is
         self.ready.clear()
         self.draft.taken.set()
         self.draft = Draft([*words])
-        self.forget()
+        self.know({}, {}, self.last, "")
         self.utter_again()
 
-    def forget(self) -> None:
-        """Have no room: nobody, and nothing that was said."""
-        self.know({}, {}, self.last, "0-0")
-        self.knows = False
-
     def know(self, authors: Any, everyone: Any, last: int, since: str) -> None:
-        """Have this room; keep none of the messages before."""
-        self.knows, self.since = True, since
+        """Have this room, or none if `since` is ""; keep none of the messages before."""
+        self.knows, self.since = since != "", since
         self.stream.authors = {name: tuple(it) for name, it in authors.items()}
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
+        # The number of the last message at each of the last positions
+        self.counts = dict[str, int]()
         self.messages.clear()
-        self.places.clear()
         self.size, self.last, self.forgotten = 0, last, last
         self.flush()
 
@@ -391,7 +378,7 @@ class ClusterRoom(chat.Room):
     def learn(self, entry: Entry) -> None:
         """See whether `entry` says what the room is; if so, read on from where it was that."""
         self.stream.authors[entry.author] = entry.number, entry.position
-        if ["asks"] not in entry.words:
+        if entry.last is not None:
             self.silence = 0  # there is somebody who is going to answer
         for word in entry.words:
             match word:
@@ -407,11 +394,13 @@ class ClusterRoom(chat.Room):
                 self.wake.set()
             if entry := await self.stream.next():
                 await self.obey(entry)
+                self.stream.obeyed(entry)
 
     async def live(self) -> None:
         """Be in the room, from one start to the next."""
         me = asyncio.current_task()
-        while not (me and me.cancelling()):  # which a life that starts over may not see
+        # A life that raises StartOver may not see that it is cancelled, too.
+        while not (me and me.cancelling()):
             try:
                 # Before Python 3.13, a task whose TaskGroup has failed counts as cancelled
                 # from then on. So each life is a task of its own.
@@ -419,12 +408,9 @@ class ClusterRoom(chat.Room):
             except StartOver as error:
                 log.warning("%s: the users of this process have to come back", error)
                 self.let_go([*self.users.values()], 1012, str(error))
-                gone = "gone", self.stream.author, "has to come back"
-                if isinstance(error, Lost) and self.knows:
-                    # All have to start over then, with other numbers.
-                    self.be_born(gone, ("lost",))
-                else:
-                    self.be_born(gone)
+                # What is lost to all has all start over, with other numbers.
+                lost = [("lost",)] if isinstance(error, Lost) and self.knows else []
+                self.be_born(("gone", self.stream.author, "has to come back"), *lost)
 
     async def life(self) -> None:
         """Learn what the stream keeps, then take part, until StartOver is raised."""
@@ -432,9 +418,8 @@ class ClusterRoom(chat.Room):
             try:
                 await self.obey(entry)
             except StartOver:
-                self.forget()
+                self.know({}, {}, self.last, "")
                 self.learn(entry)
-        self.wake.set()
         try:
             async with asyncio.TaskGroup() as group:
                 for job in self.read(), self.write(), self.give_signs():
@@ -453,20 +438,20 @@ class ClusterRoom(chat.Room):
             await self.draft.done.wait()
             if not self.knows:
                 self.silence += 1
-                self.to_tell = self.silence >= 2
             elif self.stream.author in self.stream.authors:  # it has not left
                 for process in self.stream.authors:
                     self.silent[process] += 1
                     if self.silent[process] >= SILENT:
                         self.append("gone", process, "is gone")
-                if time.monotonic() > self.told_at + self.keep / 8:
-                    self.to_tell = self.is_eldest()
-            if self.to_tell:
+            if self.is_to_tell():
                 self.wake.set()
 
-    def is_eldest(self) -> bool:
-        """Tell whether this process is in the room for the longest time."""
-        return next(iter(self.stream.authors), "") == self.stream.author
+    def is_to_tell(self) -> bool:
+        """Tell whether this process is to say now what the room is."""
+        if not self.knows:
+            return self.silence >= 2
+        eldest = next(iter(self.stream.authors), "")
+        return eldest == self.stream.author and time.monotonic() >= self.tell_at
 
     async def run(self, _: web.Application) -> AsyncIterator[None]:
         """Be in the room while the application serves, or end it if that cannot be.
@@ -561,13 +546,8 @@ class Entry:
         words = json.loads(fields[b"words"] or b"[]")
         if not isinstance(words, list) or order(seen) >= order(position):
             raise ValueError
-        said, rest = [], fields[b"said"]
-        while rest:
-            size = 2 + rest[1]  # a frame begins with its length
-            if size == 128:
-                size = 4 + int.from_bytes(rest[2:4])
-            said.append(rest[:size])
-            rest = rest[size:]
+        texts = fields[b"said"].split(END)[:-1]
+        said = [chat.frame(WSMsgType.TEXT, text) for text in texts]
         last = int(fields[b"last"]) if b"last" in fields else None
         return cls(position, author, int(fields[b"number"]), seen, words, said, last)
 
@@ -582,8 +562,7 @@ class Stream:
         self.read_back = asyncio.Event()  # set when that was read, and obeyed
         # Who is in the room, the eldest first; with number and position of the last entry
         self.authors: dict[str, tuple[int, str]] = {}
-        self.entry: Entry | None = None  # the last one read
-        self.position = self.before = "0-0"  # of that, and of the one before it
+        self.position = self.before = "0-0"  # of the last one read, and the one before
         self.oldest = ""  # the first position read
         self.went_back_at = "0-0"
         self.fetched = deque[tuple[bytes, dict[bytes, bytes]]]()  # not read yet
@@ -613,30 +592,31 @@ class Stream:
             await self.trim()
 
     async def next(self, wait: int | None = 2000) -> Entry | None:
-        """Return the next entry, or None if there is none within `wait` milliseconds.
-
-        Who asks for the next one has done what the one before says.
-        """
-        it = self.entry
-        if it and it.author == self.author and it.number == self.number:
-            self.read_back.set()
+        """Return the next entry, or None if there is none within `wait` milliseconds."""
         while True:
             while self.fetched:
                 position, fields = self.fetched.popleft()
                 self.before, self.position = self.position, position.decode()
                 self.oldest = self.oldest or self.position
-                with suppress(LookupError, ValueError, RecursionError):
-                    self.entry = Entry.parse(self.position, fields)
-                    return self.entry
+                with suppress(LookupError, ValueError, RecursionError, OverflowError):
+                    return Entry.parse(self.position, fields)
                 log.warning("Skipped what is no entry of a chat: %s", self.position)
-            places = {self.name: self.position}
-            answer = await self.ask(self.redis.xread, places, count=100, block=wait)
+            since = {self.name: self.position}
+            answer = await self.ask(self.redis.xread, since, count=100, block=wait)
             if answer == []:
                 return None
             self.fetched.extend(answer[0][1] if answer else ())
 
+    def obeyed(self, entry: Entry) -> None:
+        """Have append() return, if this was its entry."""
+        if (entry.author, entry.number) == (self.author, self.number):
+            self.read_back.set()
+
     def go_back(self, position: str) -> bool:
-        """Read on from `position`, if all since then was read, and from here only once."""
+        """Read on from `position`, if all since then was read.
+
+        But each entry may ask for that once, or a hole after it would be read for ever.
+        """
         behind = order(self.position) <= order(self.went_back_at)
         if behind or order(position) < order(self.oldest):
             return False
@@ -649,26 +629,24 @@ class Stream:
         number, position = self.authors.get(entry.author, (0, ""))
         # What its author had read is before it, unless the stream has fallen back since.
         missed = order(self.before) < order(entry.seen)
-        if missed or number and entry.number > number + 1:
+        if missed or 0 < number < entry.number - 1:
             raise StartOver("A part of the stream is missing")
-        if number == 0:
-            return entry.number == 1  # else the others took it for dead
-        first: Any = None
-        while entry.number == number and first is None:
-            first = await self.ask(self.redis.xrange, self.name, position, position)
-        if first == []:  # others read it later than this process did
+        first, xrange = None, self.redis.xrange
+        while 0 < number == entry.number and first is None:  # it was read before
+            first = await self.ask(xrange, self.name, position, position)
+        if first == []:  # but that one is gone, and others have only this one
             raise Lost("The stream has lost a part")
-        return entry.number > number
+        return entry.number == number + 1  # of who is unknown, that is 1: it is new
 
     async def trim(self) -> None:
         """Drop what was read longer ago than is kept; if Redis is full, one half.
 
         By the clock of this process, since that of Redis may be set back: then all entries
-        are of one millisecond. It is needed only for what is older than this process.
+        are of one millisecond. That counts only for what is older than this process.
         """
         now = time.monotonic()
-        newest = self.times[-1][0] if self.times else now - self.keep
-        if now < newest + self.keep / 100 and not self.is_full:
+        done = self.times and now < self.times[-1][0] + self.keep / 100
+        if done and not self.is_full:
             return
         self.times.append((now, self.position))
         while len(self.times) > 1 and self.times[1][0] <= now - self.keep:
@@ -679,7 +657,7 @@ class Stream:
             oldest = f"{max(0, order(oldest)[0] - milliseconds)}-0"
         if self.is_full:  # which forbids XADD, but not XTRIM
             self.is_full = False
-            half = (await self.ask(self.redis.xlen, self.name) or 0) // 2
+            half = (await self.ask(self.redis.xlen, self.name) or 2**62) // 2
             # If that may be approximate, Redis may drop nothing at all.
             exactly: dict[str, Any] = {"maxlen": half, "approximate": False}
             await self.ask(self.redis.xtrim, self.name, **exactly)
