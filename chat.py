@@ -291,7 +291,7 @@ class Room:
     def next_piece(self, user: User) -> bytearray:
         """Return the next 16 KiB, or 256 messages, of what `user` lacks; move its place.
 
-        What is in the batch, everyone is going to get with that.
+        The batch is left to flush(), which writes it to everyone.
         """
         piece = bytearray(NOTICE if user.to_notify else b"")
         user.to_notify = False
@@ -346,8 +346,7 @@ class Room:
 
     def answer(self, user: User) -> None:
         """Tell `user` its place as soon as it has all that was said until now."""
-        # The oldest is kept, or who asks all the time gets no answer; the newest does for the
-        # rest.
+        # Two at most: the oldest, or who keeps asking gets no answer; the newest, for the rest.
         user.questions[1:] = [self.last]
         self.catch_up(user)
 
