@@ -35,7 +35,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     """Log a user in, pass on what is said, log the user off: a task for each connection."""
     room = request.app[ROOM]
     user = admit(request)  # or raise a refusal, which ends it here
-    await room.enter(user)  # before anything else is awaited, or two get the same name
+    await room.enter(user)  # never pauses: nobody took the name since admit()
     try:
         await user.prepare(request)  # answers the handshake: now it is a WebSocket
         room.begin(user)
@@ -54,8 +54,8 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
 # 2. A user, who may not talk too much
 #
 # Everyone hears all that is said, so whoever floods the room floods everyone's line. What a
-# user says has to be paid for before more is read. So the buffers fill, and TCP slows the
-# sender down: nothing that was said is dropped, and nobody else waits.
+# user says has to be paid for before more is read. So aiohttp's buffer fills, then the
+# kernel's, and TCP slows the sender down: nothing is dropped, and nobody else waits.
 
 MAX_MESSAGE = 16 * KIB  # bytes of UTF-8
 BURST = 128 * KIB  # bytes that a user may say at once
@@ -174,7 +174,7 @@ class Room:
         return list(self.users)
 
     async def enter(self, user: User) -> None:
-        """Log `user` in. This awaits nothing, so the name is as free as admit() found it."""
+        """Log `user` in. It is async for bonus/cluster.py, as say() is; here, nothing waits."""
         old = self.users.get(user.name)
         self.users[user.name] = user
         if old is None:
@@ -291,7 +291,7 @@ class Room:
     def next_piece(self, user: User) -> bytearray:
         """Return the next 16 KiB, or 256 messages, of what `user` lacks; move its place.
 
-        The batch is left to flush(), which writes it to everyone.
+        It ends before the batch, which flush() is going to write.
         """
         piece = bytearray(NOTICE if user.to_notify else b"")
         user.to_notify = False
@@ -320,7 +320,8 @@ class Room:
     #    none: say() drops it.
     # 4. The page gets what it missed, and asks again. {{Here N}} comes after all that had a
     #    number then. So what it said and has not heard has none, and it says that again.
-    # 5. Unless {{Here}} told of a hole: then it may have been said, and the user decides.
+    # 5. Unless some N is not what the page has counted to. In that hole, it may have been
+    #    said, and the user decides.
 
     def is_free_for(self, user: User) -> bool:
         """Tell whether nobody has the name, or the same user on no later connection.
@@ -336,7 +337,7 @@ class Room:
         return key != "" and name in self.users and self.users[name].key == key
 
     def begin(self, user: User) -> None:
-        """Give `user` its place: at the end, or where it wants to go on."""
+        """Give `user` its place: at the end, or where it goes on, and the count with it."""
         user.place = self.flushed
         if user.after is not None:
             number = user.after + (self.last if user.after < 0 else 0)
@@ -346,7 +347,7 @@ class Room:
 
     def answer(self, user: User) -> None:
         """Tell `user` its place as soon as it has all that was said until now."""
-        # Two at most: the oldest, or who keeps asking gets no answer; the newest, for the rest.
+        # Keep the oldest, or to ask again would put its answer off, and replace the newest.
         user.questions[1:] = [self.last]
         self.catch_up(user)
 
