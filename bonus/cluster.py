@@ -184,9 +184,6 @@ class ClusterRoom(chat.Room):
             return
         authors[entry.author] = entry.number, entry.position
         self.silent[entry.author] = 0
-        if entry.last is None:  # its author asks what the room is
-            self.tell_at = 0.0
-            self.wake.set()
         if order(entry.seen) >= order(self.since):
             # What is the last message there for its author, is that for this process.
             if entry.last not in (None, self.counts.get(entry.seen, entry.last)):
@@ -224,6 +221,9 @@ class ClusterRoom(chat.Room):
                     raise StartOver("This process was taken for dead")
                 case ["lost"]:
                     raise StartOver("The stream has lost a part")
+        if entry.last is None:  # its author asks what the room is, which is known
+            self.tell_at = 0.0
+            self.wake.set()
 
     def remove(self, names: list[str], how: str) -> None:
         """Take `names` off the list."""

@@ -887,7 +887,7 @@ async def test_who_missed_a_part_lets_its_users_go_and_starts_over_twice(server)
 
 
 async def test_while_the_room_is_not_known_logins_wait_and_there_is_no_list(server):
-    away, there = await start(server, 2, alive=0.5)
+    away, there = await start(server, 2, alive=1.2)  # founds a room after 2.4 s
     await Peer.login(away.port, "Jack")
     await listed([away, there], "Jack")
     server.redis.xadd(

@@ -805,7 +805,10 @@ def test_who_logs_in_again_gets_what_was_missed_and_nothing_twice(
     assert jack.said == ["Mary: one", "Mary: two", "Jack: three"]
 
 
-def test_a_line_that_goes_dark_is_noticed_without_a_word(desks, line, mary, impatient):
+def test_a_line_that_goes_dark_is_noticed_without_a_word(
+    desks, line, mary, impatient, monkeypatch
+):
+    monkeypatch.setattr(desktop, "FIRST_PAUSE", 2)  # long enough to be seen
     desk = desks(line.port)
     desk.log_in()
     line.darken()
