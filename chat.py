@@ -81,7 +81,7 @@ class User(web.WebSocketResponse):
         # What chapter 5 needs:
         self.key, self.turn = "", 0  # who it is, and which of its connections this is
         self.after: int | None = None  # the number of the last message that it heard
-        self.questions: list[int] = []  # places at which to answer, two at most
+        self.questions: list[int] = []  # numbers after which to answer, two at most
         # Else the kernel holds megabytes, behind which the server's ping waits for too long.
         with suppress(AttributeError, OSError):  # Windows has no such option
             kernel = transport.get_extra_info("socket")
@@ -134,7 +134,7 @@ def cut_off(transport: asyncio.Transport) -> None:
 
 # 3. The room: who is here, and what was said
 
-# A transport that holds 64 KiB makes aiohttp's close() wait: so 44, and a last message.
+# While a transport holds 64 KiB, aiohttp's close() may wait for ever. So 44, and a message.
 MAX_BATCH = 44 * KIB  # bytes; above, a batch is written at once
 MAX_WAIT = 0.02  # seconds that a batch waits for more
 MAX_KEPT = 4 * MIB  # bytes of messages that are kept
@@ -270,17 +270,19 @@ class Room:
 
     async def write_rest(self, user: User) -> None:
         """Write what `user` lacks, a piece whenever it is ready, until it lacks nothing."""
-        while self.is_behind(user):
-            if user.place < self.forgotten and user.after is None:
-                # It has no number to count from, so it would not see the hole.
-                self.leave(user, "was let go: too far behind")
-                cut_off(user.transport)
-            elif user.is_ready():
-                user.transport.write(self.next_piece(user))
-                await asyncio.sleep(0)  # others run in between
-            else:  # nobody tells us when it is, so look again
-                await asyncio.sleep(max(0.01, len(self.users) / 10_000))
-        user.catching_up = None
+        try:
+            while self.is_behind(user):
+                if user.place < self.forgotten and user.after is None:
+                    # It has no number to count from, so it would not see the hole.
+                    self.leave(user, "was let go: too far behind")
+                    cut_off(user.transport)
+                elif user.is_ready():
+                    user.transport.write(self.next_piece(user))
+                    await asyncio.sleep(0)  # others run in between
+                else:  # nobody tells us when it is, so look again
+                    await asyncio.sleep(max(0.01, len(self.users) / 10_000))
+        finally:  # asyncio logs an error of a task when nobody holds that any more
+            user.catching_up = None
 
     def is_behind(self, user: User) -> bool:
         """Tell whether `user` is logged in, and lacks something."""

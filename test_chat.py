@@ -1173,8 +1173,9 @@ class TestPage(WithPages):
         await keyboard.press("Enter")
         await tab.offline("")
         await expect(tab.name).to_be_focused()
-        while await users(port) != [""]:  # the page does not wait for the server
-            await asyncio.sleep(0.02)
+        async with asyncio.timeout(LIMIT):
+            while await users(port) != [""]:  # the page does not wait for the server
+                await asyncio.sleep(0.02)
         await tab.page.reload()
         await expect(tab.name).to_have_value("Jack")
         await tab.offline("")
