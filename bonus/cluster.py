@@ -393,7 +393,11 @@ class ClusterRoom(chat.Room):
                 self.ready.set()
                 self.wake.set()
             if entry := await self.stream.next():
-                await self.obey(entry)
+                try:
+                    await self.obey(entry)
+                except StartOver:
+                    self.ready.clear()  # write() may run once more, and must not tell it
+                    raise
                 self.stream.obeyed(entry)
 
     async def live(self) -> None:
@@ -450,8 +454,8 @@ class ClusterRoom(chat.Room):
         """Tell whether this process is to say now what the room is."""
         if not self.knows:
             return self.silence >= 2
-        eldest = next(iter(self.stream.authors), "")
-        return eldest == self.stream.author and time.monotonic() >= self.tell_at
+        eldest = next(iter(self.stream.authors), "") == self.stream.author
+        return eldest and self.ready.is_set() and time.monotonic() >= self.tell_at
 
     async def run(self, _: web.Application) -> AsyncIterator[None]:
         """Be in the room while the application serves, or end it if that cannot be.
@@ -546,7 +550,9 @@ class Entry:
         words = json.loads(fields[b"words"] or b"[]")
         if not isinstance(words, list) or order(seen) >= order(position):
             raise ValueError
-        texts = fields[b"said"].split(END)[:-1]
+        *texts, rest = fields[b"said"].split(END)
+        if rest:
+            raise ValueError
         said = [chat.frame(WSMsgType.TEXT, text) for text in texts]
         last = int(fields[b"last"]) if b"last" in fields else None
         return cls(position, author, int(fields[b"number"]), seen, words, said, last)
