@@ -81,7 +81,7 @@ class User(web.WebSocketResponse):
         # What chapter 5 needs:
         self.key, self.turn = "", 0  # who it is, and which of its connections this is
         self.after: int | None = None  # the number of the last message that it heard
-        self.questions: list[int] = []  # numbers after which to answer, two at most
+        self.asked = 0  # the number after which to answer its question; 0: none is open
         # Else the kernel holds megabytes, behind which the server's ping waits for too long.
         with suppress(AttributeError, OSError):  # Windows has no such option
             kernel = transport.get_extra_info("socket")
@@ -167,7 +167,7 @@ class Room:
         self.flushed = self.last  # the number of the last one that flush() wrote
         self.batch = bytearray()  # the messages after that one
         self.flushing: asyncio.Task[None] | None = None  # while it waits for more
-        self.announce_is_due = False
+        self.announcing: asyncio.Task[None] | None = None  # while it waits for more
 
     def names(self) -> list[str]:
         """Return the names of all who are logged in, in order of login."""
@@ -226,7 +226,7 @@ class Room:
         batch, start = bytes(self.batch), self.flushed
         self.batch, self.flushed = bytearray(), self.last
         for user in list(self.users.values()):
-            if user.place == start and user.is_ready() and not user.questions:
+            if user.place == start and user.is_ready() and not user.asked:
                 user.transport.write(NOTICE + batch if user.to_notify else batch)
                 user.place, user.to_notify = self.last, False
             elif user.place:  # 0: its handshake is not done
@@ -235,15 +235,13 @@ class Room:
     def changed(self, name: str, how: str) -> None:
         """Log who came or went, and have it announced, once for all changes until then."""
         log.info("%s %s, %d here", name, how, len(self.users))
-        if not self.announce_is_due:
-            self.announce_is_due = True
-            # Everyone then asks for the list: the larger the room, the rarer that may be.
-            pause = max(0.1, len(self.users) / 1000)  # seconds
-            asyncio.get_running_loop().call_later(pause, self.announce)
+        if not self.announcing:
+            self.announcing = asyncio.create_task(self.announce_soon())
 
-    def announce(self) -> None:
-        """Tell everyone that the list of users has changed."""
-        self.announce_is_due = False
+    async def announce_soon(self) -> None:
+        """Tell everyone that the list of users has changed, whereupon they ask for it."""
+        await asyncio.sleep(max(0.1, len(self.users) / 1000))  # rarer in a large room
+        self.announcing = None
         for user in self.users.values():
             user.to_notify = True
         self.flush()
@@ -271,24 +269,20 @@ class Room:
     async def write_rest(self, user: User) -> None:
         """Write what `user` lacks, a piece whenever it is ready, until it lacks nothing."""
         try:
-            while self.is_behind(user):
+            while self.users.get(user.name) is user:
                 if user.place < self.forgotten and user.after is None:
                     # It has no number to count from, so it would not see the hole.
                     self.leave(user, "was let go: too far behind")
                     cut_off(user.transport)
-                elif user.is_ready():
-                    user.transport.write(self.next_piece(user))
-                    await asyncio.sleep(0)  # others run in between
-                else:  # nobody tells us when it is, so look again
+                elif not user.is_ready():  # nobody tells us when it is, so look again
                     await asyncio.sleep(max(0.01, len(self.users) / 10_000))
+                elif piece := self.next_piece(user):
+                    user.transport.write(piece)
+                    await asyncio.sleep(0)  # others run in between
+                else:
+                    return
         finally:  # asyncio logs an error of a task when nobody holds that any more
             user.catching_up = None
-
-    def is_behind(self, user: User) -> bool:
-        """Tell whether `user` is logged in, and lacks something."""
-        asks = any(number <= self.flushed for number in user.questions)
-        lacks = user.place < self.flushed or asks or user.to_notify
-        return lacks and self.users.get(user.name) is user
 
     def next_piece(self, user: User) -> bytearray:
         """Return the next 16 KiB, or 256 messages, of what `user` lacks; move its place.
@@ -305,9 +299,9 @@ class Room:
         while user.place < end and len(piece) < 16 * KIB:
             user.place += 1
             piece += self.messages[user.place]
-        if any(number <= user.place for number in user.questions):
+        if 0 < user.asked <= user.place:
+            user.asked = 0
             piece += user.here()
-            user.questions = [n for n in user.questions if n > user.place]
         return piece
 
     # 5. Who comes back
@@ -331,8 +325,9 @@ class Room:
         So a login that was held up in the network does not throw out the one after it.
         """
         old = self.users.get(user.name)
-        same = self.is_key_of(user.name, user.key)
-        return old is None or (same and old.turn <= user.turn)
+        return old is None or (
+            old.turn <= user.turn and self.is_key_of(user.name, user.key)
+        )
 
     def is_key_of(self, name: str, key: str) -> bool:
         """Tell whether the user of that name is here and has this key, which proves it."""
@@ -349,8 +344,7 @@ class Room:
 
     def answer(self, user: User) -> None:
         """Tell `user` its place as soon as it has all that was said until now."""
-        # Keep the oldest, or to ask again would put its answer off, and replace the newest.
-        user.questions[1:] = [self.last]
+        user.asked = self.last
         self.catch_up(user)
 
 
@@ -369,9 +363,7 @@ def admit(request: web.Request) -> User:
     query, transport = request.query, request.transport
     name = query.get("user", "").strip()
     parts = JOINER.split(name)
-    if transport is None or transport.is_closing():
-        raise web.HTTPForbidden  # which nobody is there to read
-    if is_cross_origin(request):
+    if transport is None or transport.is_closing() or is_cross_origin(request):
         raise web.HTTPForbidden(text="The pages of other sites may not log in")
     if len(name) > 32 or ":" in name or not all(p and p.isprintable() for p in parts):
         raise web.HTTPBadRequest(text="A name: 1 to 32 printable characters, no colon")

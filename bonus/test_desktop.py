@@ -740,8 +740,8 @@ def test_a_burst_of_notices_costs_two_requests_one_after_the_other(desk, room):
         room.elsewhere.call(asked[-1].set)
 
     def notify():
-        for _ in range(50):
-            room.room.announce()
+        for user in room.room.users.values():
+            user.transport.write(50 * b"\x81\x10{{RefreshUsers}}")
 
     room.instead = answer
     desk.log_in()
