@@ -46,6 +46,7 @@ FLAGS = [
 ]
 PREFERENCES = {  # the same for Firefox
     "media.navigator.streams.fake": True,
+    "media.navigator.video.default_fps": 5,
     "media.navigator.permission.disabled": True,
     "media.peerconnection.ice.loopback": True,
     "media.peerconnection.ice.obfuscate_host_addresses": False,
@@ -112,7 +113,7 @@ async def see(page: "Page | Fox", *names: str) -> None:
     """Wait until frames of these members arrive at `page`."""
     for name in names:
         await until(page, f"document.querySelector('video[aria-label=\"{name}\"]')")
-        await evaluate(page, f"grows('{name}', 'frames', 5)")
+        await evaluate(page, f"grows('{name}', 'frames', 2)")
 
 
 async def hear(page: "Page | Fox", *names: str) -> None:
@@ -997,8 +998,9 @@ async def test_it_fits_every_screen_and_axe_finds_no_violation(browser, url):
         ):
             await page.emulate_media(color_scheme=scheme)
             await page.set_viewport_size({"width": width, "height": height})
-            violations = (await Axe().run(page)).response["violations"]
-            assert [violation["help"] for violation in violations] == []
+            if width in (390, 1280):
+                violations = (await Axe().run(page)).response["violations"]
+                assert [violation["help"] for violation in violations] == []
             over = "e => [e.scrollWidth - innerWidth, e.scrollHeight - innerHeight]"
             assert await page.locator("html").evaluate(over) == [0, 0]
             for seen in await page.locator("button:visible, li").all():
