@@ -35,7 +35,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     """Log a user in, pass on what is said, log the user off: a task for each connection."""
     room = request.app[ROOM]
     user = admit(request)  # or raise a refusal, which ends it here
-    await room.enter(user)  # never pauses: nobody took the name since admit()
+    await room.enter(user)  # without a pause: nobody took the name since admit()
     try:
         await user.prepare(request)  # answers the handshake: now it is a WebSocket
         room.begin(user)
@@ -46,7 +46,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 room.answer(user)
     finally:
         room.leave(user)
-        # Closed is not gone: asyncio first waits until the peer has taken what was written.
+        # aiohttp closes it now. But asyncio waits until the peer has taken what was written.
         asyncio.get_running_loop().call_later(2, cut_off, user.transport)
     return user
 
@@ -63,7 +63,7 @@ RATE = 32 * KIB  # bytes that a user may say in each second after that
 
 
 class User(web.WebSocketResponse):
-    """A connection of somebody who is logged in, and its place among the messages."""
+    """One connection of somebody who is logged in, and its place among the messages."""
 
     def __init__(self, name: str, transport: asyncio.Transport) -> None:
         super().__init__(
@@ -71,7 +71,7 @@ class User(web.WebSocketResponse):
             timeout=2,  # seconds that a peer has to answer a close frame
             autoping=False,  # read() answers pings, which have a price
             compress=False,  # the same message is the same bytes for everyone
-            max_msg_size=MAX_MESSAGE + 1,  # what is as long as this is refused: 1009
+            max_msg_size=MAX_MESSAGE + 1,  # a message of that size is refused: 1009
         )
         self.name, self.transport = name, transport
         self.credit, self.paid_at = float(BURST), time.monotonic()  # in bytes, seconds
@@ -79,9 +79,9 @@ class User(web.WebSocketResponse):
         self.to_notify = False  # that the list of users has changed
         self.catching_up: asyncio.Task[None] | None = None  # while it is behind
         # What chapter 5 needs:
-        self.key, self.turn = "", 0  # who it is, and which of its connections this is
-        self.after: int | None = None  # the number of the last message that it heard
-        self.asked = 0  # the number after which to answer its question; 0: none is open
+        self.key, self.turn = "", 0  # whose it is, and which of their connections
+        self.after: int | None = None  # what it had heard when it came; None: it is new
+        self.answer_at = 0  # the place where its question is answered; 0: it has none
         # Else the kernel holds megabytes, behind which the server's ping waits for too long.
         with suppress(AttributeError, OSError):  # Windows has no such option
             kernel = transport.get_extra_info("socket")
@@ -111,10 +111,10 @@ class User(web.WebSocketResponse):
             await asyncio.sleep(-self.credit / RATE)
 
     def replace(self, old: "User") -> None:
-        """Close this user's older connection; its bucket is taken over as it is."""
+        """Close the older connection of the same user, and take its bucket over as it is."""
         self.credit, self.paid_at = old.credit, old.paid_at
         closing = old.close(code=1000, message=b"logged in again elsewhere")
-        self.closing = asyncio.create_task(closing)  # asyncio itself keeps no task
+        self.closing = asyncio.create_task(closing)  # asyncio keeps no task alive
 
     def is_ready(self) -> bool:
         """Tell whether this is open, and the kernel has taken all that was written."""
@@ -134,8 +134,9 @@ def cut_off(transport: asyncio.Transport) -> None:
 
 # 3. The room: who is here, and what was said
 
-# While a transport holds 64 KiB, aiohttp's close() may wait for ever. So 44, and a message.
-MAX_BATCH = 44 * KIB  # bytes; above, a batch is written at once
+# A batch is written as soon as it has more bytes than this; so it has a message more at most,
+# and less than 64 KiB. While a transport holds those, aiohttp's close() may wait for ever.
+MAX_BATCH = 44 * KIB
 MAX_WAIT = 0.02  # seconds that a batch waits for more
 MAX_KEPT = 4 * MIB  # bytes of messages that are kept
 
@@ -144,7 +145,7 @@ def frame(kind: WSMsgType, payload: bytes) -> bytes:
     """Return a frame of under 64 KiB as a server sends it (RFC 6455, section 5.2).
 
     It is neither masked nor compressed, so the same bytes do for everyone. aiohttp would make
-    them for each user; these are made once, and written between its own, such as pings.
+    them for each user.
     """
     size = len(payload)
     length = [size] if size < 126 else [126, *size.to_bytes(2, "big")]
@@ -163,18 +164,18 @@ class Room:
         self.size = 0  # bytes in them, and 64 more for each, since Python adds some
         # The clock gives the first number: after a restart, no number comes again.
         self.last = time.time_ns() // 1000  # the number of the last message
-        self.forgotten = self.last  # the number of the last one that is not kept
-        self.flushed = self.last  # the number of the last one that flush() wrote
-        self.batch = bytearray()  # the messages after that one
-        self.flushing: asyncio.Task[None] | None = None  # while it waits for more
-        self.announcing: asyncio.Task[None] | None = None  # while it waits for more
+        # Which it is of: ... forgotten | kept, written ... flushed | kept, in batch ... last
+        self.forgotten = self.flushed = self.last
+        self.batch = bytearray()
+        self.flushing: asyncio.Task[None] | None = None  # None: not waiting for more
+        self.announcing: asyncio.Task[None] | None = None
 
     def names(self) -> list[str]:
         """Return the names of all who are logged in, in order of login."""
         return list(self.users)
 
     async def enter(self, user: User) -> None:
-        """Log `user` in. It is async for bonus/cluster.py, as say() is; here, nothing waits."""
+        """Log `user` in. It is async, as say() is, so that bonus/cluster.py may wait."""
         old = self.users.get(user.name)
         self.users[user.name] = user
         if old is None:
@@ -184,13 +185,13 @@ class Room:
             log.info("%s came back, %d here", user.name, len(self.users))
 
     def leave(self, user: User, how: str = "left") -> None:
-        """Log `user` off, unless that was done before; the name is free at once."""
+        """Log `user` off, if it still has its name, which is free at once."""
         if self.users.get(user.name) is user:
             del self.users[user.name]
             self.changed(user.name, how)
 
     async def say(self, user: User, text: bytes) -> None:
-        """Have everyone hear `text`, UTF-8; but not if another connection has the name."""
+        """Have everyone hear `text`, UTF-8, if `user` still has its name."""
         if self.users.get(user.name) is user:
             self.add(frame(WSMsgType.TEXT, user.name.encode() + b": " + text))
 
@@ -209,7 +210,7 @@ class Room:
             self.flushing = asyncio.create_task(self.flush_soon())
 
     async def flush_soon(self) -> None:
-        """Flush in the first iteration of the event loop that brings no more messages.
+        """Flush in the first iteration of the event loop that brings no more, or after 20 ms.
 
         A write to a socket costs the same for one message as for fifty. In a quiet room, the
         next iteration brings none; in a busy one, many messages share a write.
@@ -222,14 +223,14 @@ class Room:
         self.flush()
 
     def flush(self) -> None:
-        """Write the batch to all who lack it and nothing else; the others catch up."""
+        """Write the batch to all who are up to date and ready; have the others catch up."""
         batch, start = bytes(self.batch), self.flushed
         self.batch, self.flushed = bytearray(), self.last
-        for user in list(self.users.values()):
-            if user.place == start and user.is_ready() and not user.asked:
+        for user in self.users.values():
+            if user.place == start and user.is_ready() and not user.answer_at:
                 user.transport.write(NOTICE + batch if user.to_notify else batch)
                 user.place, user.to_notify = self.last, False
-            elif user.place:  # 0: its handshake is not done
+            elif user.place:  # else its handshake is not done
                 self.catch_up(user)
 
     def changed(self, name: str, how: str) -> None:
@@ -239,7 +240,7 @@ class Room:
             self.announcing = asyncio.create_task(self.announce_soon())
 
     async def announce_soon(self) -> None:
-        """Tell everyone that the list of users has changed, whereupon they ask for it."""
+        """Tell everyone that the list of users has changed; they ask for it then."""
         await asyncio.sleep(max(0.1, len(self.users) / 1000))  # rarer in a large room
         self.announcing = None
         for user in self.users.values():
@@ -262,7 +263,7 @@ class Room:
     # place: the messages are kept in the room, once for all.
 
     def catch_up(self, user: User) -> None:
-        """Have a task write what `user` lacks, unless there is one."""
+        """Start a task that writes what `user` lacks, unless one runs."""
         if not user.catching_up:
             user.catching_up = asyncio.create_task(self.write_rest(user))
 
@@ -271,36 +272,37 @@ class Room:
         try:
             while self.users.get(user.name) is user:
                 if user.place < self.forgotten and user.after is None:
-                    # It has no number to count from, so it would not see the hole.
+                    # It does not count, so it would not see the hole.
                     self.leave(user, "was let go: too far behind")
                     cut_off(user.transport)
-                elif not user.is_ready():  # nobody tells us when it is, so look again
+                elif not user.is_ready():  # only aiohttp is told when it is: look again
                     await asyncio.sleep(max(0.01, len(self.users) / 10_000))
                 elif piece := self.next_piece(user):
                     user.transport.write(piece)
                     await asyncio.sleep(0)  # others run in between
                 else:
                     return
-        finally:  # asyncio logs an error of a task when nobody holds that any more
+        finally:  # asyncio logs an error of a task that nobody holds
             user.catching_up = None
 
     def next_piece(self, user: User) -> bytearray:
-        """Return the next 16 KiB, or 256 messages, of what `user` lacks; move its place.
+        """Return the next 16 KiB of what `user` lacks, or nothing; move its place.
 
-        It ends before the batch, which flush() is going to write.
+        It ends before the batch, which flush() is going to write, or after 256 messages, since
+        tiny ones take time, too.
         """
         piece = bytearray(NOTICE if user.to_notify else b"")
         user.to_notify = False
         if user.place < self.forgotten:
             # Go on with the newer half: the oldest would soon be forgotten, too.
-            user.place = self.last - len(self.messages) // 2
+            user.place = min(self.flushed, self.last - len(self.messages) // 2)
             piece += user.here()
         end = min(self.flushed, user.place + 256)
         while user.place < end and len(piece) < 16 * KIB:
             user.place += 1
             piece += self.messages[user.place]
-        if 0 < user.asked <= user.place:
-            user.asked = 0
+        if 0 < user.answer_at <= user.place:
+            user.answer_at = 0
             piece += user.here()
         return piece
 
@@ -308,16 +310,16 @@ class Room:
     #
     # A phone changes its network, and its connection is dead. How does everyone hear exactly
     # once what its user says?
-    # 1. The page keeps what it said until it hears it. After some silence, it asks, with a
+    # 1. The page keeps what it sends until it hears it. After some silence, it asks, with a
     #    binary frame, and no answer comes.
     # 2. It opens another connection, with `after`, the number of the last message that it
     #    heard, and with `key`, a secret of its own. So this one takes the name over.
-    # 3. What the old connection has said has a number by now. What it says from now on gets
-    #    none: say() drops it.
+    # 3. What was read from the old connection has a number by now. What is read from now on
+    #    gets none: say() drops it.
     # 4. The page gets what it missed, and asks again. {{Here N}} comes after all that had a
-    #    number then. So what it said and has not heard has none, and it says that again.
-    # 5. Unless some N is not what the page has counted to. In that hole, it may have been
-    #    said, and the user decides.
+    #    number then. So what it sent and has not heard has none, and it sends that again.
+    # 5. Unless some N is not what the page has counted to. In that hole, there may be what it
+    #    sent, and the user decides.
 
     def is_free_for(self, user: User) -> bool:
         """Tell whether nobody has the name, or the same user on no later connection.
@@ -334,7 +336,7 @@ class Room:
         return key != "" and name in self.users and self.users[name].key == key
 
     def begin(self, user: User) -> None:
-        """Give `user` its place: at the end, or where it goes on, and the count with it."""
+        """Give `user` its place: the end, or where it goes on, of which it is told."""
         user.place = self.flushed
         if user.after is not None:
             number = user.after + (self.last if user.after < 0 else 0)
@@ -344,7 +346,7 @@ class Room:
 
     def answer(self, user: User) -> None:
         """Tell `user` its place as soon as it has all that was said until now."""
-        user.asked = self.last
+        user.answer_at = self.last
         self.catch_up(user)
 
 
@@ -363,11 +365,13 @@ def admit(request: web.Request) -> User:
     query, transport = request.query, request.transport
     name = query.get("user", "").strip()
     parts = JOINER.split(name)
-    if transport is None or transport.is_closing() or is_cross_origin(request):
+    if transport is None or is_cross_origin(request):  # None: nobody is there any more
         raise web.HTTPForbidden(text="The pages of other sites may not log in")
     if len(name) > 32 or ":" in name or not all(p and p.isprintable() for p in parts):
         raise web.HTTPBadRequest(text="A name: 1 to 32 printable characters, no colon")
     user = User(name, transport)
+    if not user.is_ready():  # it is gone, or has not taken what it was answered before
+        raise web.HTTPBadRequest(text="Read the answers to earlier requests first")
     if key := KEY.fullmatch(query.get("key", "")):
         user.key, user.turn = key[1], int(key[2] or 0)
     with suppress(ValueError):  # not an integer: as if it were not there
@@ -411,23 +415,23 @@ def from_operator(request: web.Request) -> bool:
 
 async def page(request: web.Request) -> web.Response:
     """Answer with the page, or with what the query asks for."""
-    room, kind = request.app[ROOM], "text/plain"
+    room, mime = request.app[ROOM], "text/plain"
     match dict(request.query):
         case {"getUsers": "1"}:
-            kind, names = "text/html", map(html.escape, room.names())
+            mime, names = "text/html", map(html.escape, room.names())
             text = "\r\n".join(f'<option value="{n}">{n}</option>' for n in names)
         case {"getUsers2": "1"}:
             text = "\r\n".join(room.names())
-        case {"resetUsers": "1"} if request.method != "HEAD":  # which changes nothing
+        case {"resetUsers": "1"} if request.method != "HEAD":  # HEAD changes nothing
             if not from_operator(request):
                 raise web.HTTPForbidden(text="Only the operator may reset the users")
             await room.close(1000, "the users were reset")
             text = "Users reseted"
         case _:
-            kind, path = "text/html", Path(__file__).resolve().with_name("chat.html")
+            mime, path = "text/html", Path(__file__).resolve().with_name("chat.html")
             text = path.read_text("utf-8")
     headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-    return web.Response(text=text, content_type=kind, headers=headers)
+    return web.Response(text=text, content_type=mime, headers=headers)
 
 
 @web.middleware

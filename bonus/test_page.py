@@ -815,6 +815,19 @@ class TestPage(WithLines):
         await expect(jack.entries.last).to_contain_text("last")
         await stays_at_end()
 
+    async def test_the_list_is_asked_for_once_a_change(self, jill, tab, port):
+        asked = []
+        await expect(tab.users).to_have_text(["Jill"])
+        tab.page.on("request", lambda it: "getUsers2" in it.url and asked.append(it))
+        await tab.login()
+        await expect(tab.users).to_have_text(["Jill", "Jack"])
+        joe = await Peer.login(port, "Joe")
+        await expect(tab.users).to_have_text(["Jill", "Jack", "Joe"])
+        await expect(tab.page.get_by_role("heading").last).to_have_text("Users 3")
+        joe.vanish()
+        await expect(tab.users).to_have_text(["Jill", "Jack"])
+        assert len(asked) == 3
+
     async def test_a_storm_is_drawn_by_the_frame_and_1_000_are_kept(self, jack, port):
         await jack.run(
             """() => {
