@@ -8,18 +8,16 @@ its owner's name. Whatever is called otherwise is somebody else's, and left alon
 import asyncio
 import base64
 import errno
-import hashlib
 import mimetypes
-import os
 import re
 import secrets
-import stat
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from contextlib import suppress
-from io import FileIO
+from hashlib import sha256
+from io import SEEK_END, FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,7 +25,6 @@ from urllib.parse import quote
 from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpProcessingError
-from aiohttp.web_request import BaseRequest
 
 import chat
 
@@ -35,35 +32,35 @@ COST = 2**14  # bytes a file counts on top of its own, so that empty ones are no
 PATIENCE, SLOWEST = 30, 2**15  # seconds for a transfer, and bytes that give it one more
 OWN = re.compile(r"[\w-]{16}([\w-]{8})\.chat-(file|part)", re.ASCII)
 SHOWN = re.compile(r"image/(?!svg)|audio/|video/|text/plain")  # all else is downloaded
-
-mimetypes.add_type("image/jpeg", ".jfif")  # these are not in every Python's table
-mimetypes.add_type("audio/flac", ".flac")
-mimetypes.add_type("audio/mp4", ".m4a")
-mimetypes.add_type("audio/ogg", ".oga")
-mimetypes.add_type("audio/ogg", ".ogg")
-mimetypes.add_type("audio/ogg", ".opus")
-mimetypes.add_type("video/mp4", ".m4v")
-mimetypes.add_type("video/ogg", ".ogv")
+KINDS = {"image/jpeg": ".jfif", "audio/flac": ".flac", "audio/mp4": ".m4a"}
+KINDS |= {"audio/ogg": ".oga .ogg .opus", "video/mp4": ".m4v", "video/ogg": ".ogv"}
+for kind, suffixes in KINDS.items():  # which are not in every Python's table
+    for suffix in suffixes.split():
+        mimetypes.add_type(kind, suffix)
 
 
-def hold(file: FileIO, alone: bool = True) -> None:
-    """Lock an open file for all processes, until it is closed; else raise OSError."""
+def is_own(path: Path) -> bool:
+    """Tell whether this is a file of ours; a link or a folder may be called like one."""
+    return bool(OWN.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
+
+
+def hold(path: Path, mode: str) -> FileIO:
+    """Open a file, and lock it for one writer or many readers; or raise OSError."""
+    file = FileIO(path, mode)
     if sys.platform != "win32":  # where nobody can delete what somebody has open
         import fcntl
 
-        how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-        fcntl.flock(file, how | fcntl.LOCK_NB)
+        how = fcntl.LOCK_SH if mode == "r" else fcntl.LOCK_EX
+        fcntl.flock(file, how | fcntl.LOCK_NB)  # for all processes, until it is closed
+    return file
 
 
 def delete(path: Path) -> bool:
     """Delete a file, unless somebody holds it; tell whether it is gone."""
-    try:
-        with FileIO(path, "r+") as file:
-            hold(file)
+    with suppress(OSError):
+        hold(path, "r+").close()
         path.unlink()
-    except OSError as error:
-        return isinstance(error, FileNotFoundError)
-    return True
+    return not path.exists()
 
 
 class Files:
@@ -74,43 +71,29 @@ class Files:
         self.max_file = min(max_file, max_total)
         self.lock = asyncio.Lock()  # of what follows, and of the disk
         self.total = 0  # bytes of all files, those that come included, and their COST
-        # Of complete ones: COST and size, and path; by owner, and the oldest first.
-        self.stored: dict[str, deque[tuple[int, Path]]] = {}
-        self.next_survey = 0.0  # by time.monotonic()
-        for entry in self.own():
-            if entry.name.endswith("part"):
-                delete(Path(entry))  # left by a process that died, or it is held
+        # COST and size of complete ones: by owner, and by path, the oldest first.
+        self.stored: dict[str, OrderedDict[Path, int]] = defaultdict(OrderedDict)
+        for path in filter(is_own, folder.glob("*.chat-part")):
+            delete(path)  # left by a process that died, or it is held
         self.survey()
 
-    async def receive(
-        self, body: StreamReader, transport: asyncio.Transport, size: int, user: str
-    ) -> str:
+    async def receive(self, body: StreamReader, size: int, user: str) -> str:
         """Write `body` to the disk as it comes; return its ID. If it fails, nothing stays."""
-        deadline = asyncio.get_running_loop().time() + PATIENCE + size / SLOWEST
-        digest = hashlib.sha256(user.encode()).digest()
-        owner = base64.urlsafe_b64encode(digest[:6]).decode()
-        id = secrets.token_urlsafe(12) + owner
-        path = self.folder / f"{id}.chat-part"
+        now = asyncio.get_running_loop().time
+        end = now() + PATIENCE + size / SLOWEST
+        owner = base64.urlsafe_b64encode(sha256(user.encode()).digest()[:6]).decode()
+        path = self.folder / f"{secrets.token_urlsafe(12)}{owner}.chat-part"
         part = await self.in_turn(self.begin, path, owner)
         try:
             with part:
-                while True:
-                    async with asyncio.timeout_at(deadline):
-                        chunk = await body.readany()
-                    if not chunk:
-                        break
-                    # On a slow disk, 200 uploads would take 340 MiB, and not 150.
-                    transport.pause_reading()
-                    try:
-                        await self.in_turn(self.append, part, chunk, owner)
-                    finally:
-                        transport.resume_reading()
-                    del chunk
+                # No more at once: meanwhile, as much again comes into aiohttp's buffer.
+                while chunk := await asyncio.wait_for(body.read(2**16), end - now()):
+                    await self.in_turn(self.append, part, chunk, owner)
             await self.in_turn(self.complete, path, owner)
         except BaseException:
             await self.in_turn(self.give_up, path)
             raise
-        return id
+        return path.stem
 
     async def in_turn(self, act: Callable[..., Any], *args: Any) -> Any:
         """Do something with the disk, which may be slow, in a thread; one at a time."""
@@ -121,110 +104,88 @@ class Files:
         """Return a new file, open and held."""
         self.folder.mkdir(0o700, exist_ok=True)  # somebody may have cleaned up
         self.make_room(COST, owner)
-        part = FileIO(path, "x")
-        hold(part)
+        part = hold(path, "x")
         self.total += COST
         return part
 
     def append(self, part: FileIO, chunk: bytes, owner: str) -> None:
         """Write the next bytes of a file that comes; on a full disk files go, if that helps."""
         self.make_room(len(chunk), owner)
-        freed = 0
+        least = self.total - 2**20  # if that does not help, no more will
         while chunk:
             try:
                 written = part.write(chunk)
-            except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                if not full or freed > 2**20 or not self.stored:
-                    raise
-                freed += self.delete_oldest(owner)
-            else:
                 self.total += written
                 chunk = chunk[written:]
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not full or self.total < least or not self.stored:
+                    raise
+                self.make_room(self.max_total - self.total + len(chunk), owner)
 
     def give_up(self, path: Path) -> None:
         """Delete what came."""
         with suppress(FileNotFoundError):
-            size = path.stat().st_size
+            self.total -= COST + path.stat().st_size
             path.unlink()
-            self.total -= COST + size
 
     def complete(self, path: Path, owner: str) -> None:
         """Have a file that came found by its ID."""
         path = path.rename(path.with_suffix(".chat-file"))
-        self.store(owner, COST + path.stat().st_size, path)
-
-    def store(self, owner: str, size: int, path: Path) -> None:
-        """Note the newest file of `owner`."""
-        self.stored.setdefault(owner, deque()).append((size, path))
+        self.stored[owner][path] = COST + path.stat().st_size
 
     def make_room(self, size: int, owner: str) -> None:
-        """See to it that `size` bytes more are within the quota."""
+        """See to it that `size` bytes more are within the quota; or raise a 507.
+
+        The oldest files of `owner` go, then those of who has the most: none of who has few.
+        """
         if time.monotonic() > self.next_survey:
             self.survey()
         while self.total + size > self.max_total:
-            self.delete_oldest(owner)
-
-    def delete_oldest(self, owner: str) -> int:
-        """Delete the oldest file of `owner`, else of who has the most; return its bytes.
-
-        So who uploads much pushes out what is its own, and not what is of others.
-        """
-        while self.stored:
-            if owner not in self.stored:
-                used = {
-                    who: sum(size for size, _ in f) for who, f in self.stored.items()
-                }
-                owner = max(used, key=used.__getitem__)
-            size, path = self.stored[owner].popleft()
-            if not self.stored[owner]:
-                del self.stored[owner]
+            if not self.stored:
+                raise web.HTTPInsufficientStorage(text="The disk quota is used up")
+            if (who := owner) not in self.stored:
+                who = max(self.stored, key=lambda who: sum(self.stored[who].values()))
+            path, freed = self.stored[who].popitem(last=False)
+            if not self.stored[who]:
+                del self.stored[who]
             if delete(path):  # else it is being read, and goes on counting
-                self.total -= size
-                return size
-        raise web.HTTPInsufficientStorage(text="The disk quota is used up")
+                self.total -= freed
 
     def survey(self) -> None:
         """Look what is there: other processes add files, or somebody deletes some."""
-        self.total, found = 0, []
-        for entry in self.own():
+        found = []
+        for path in filter(is_own, self.folder.iterdir()):
             with suppress(FileNotFoundError):  # just now
-                status = entry.stat(follow_symlinks=False)
-                size = COST + status.st_size
-                self.total += size
-                if entry.name.endswith("file"):
-                    found.append((status.st_mtime, size, Path(entry)))
-        self.stored = {}
+                status = path.stat()
+                found.append((status.st_mtime, COST + status.st_size, path))
+        self.total = sum(size for _, size, _ in found)
+        self.stored.clear()
         for _, size, path in sorted(found):
-            self.store(path.stem[-8:], size, path)
+            if path.suffix == ".chat-file":
+                self.stored[path.stem[-8:]][path] = size
         # The more there is, the longer it takes, and the rarer it is done.
         self.next_survey = time.monotonic() + 1 + len(found) / 10_000
 
-    def own(self) -> Iterator[os.DirEntry[str]]:
-        """Yield the files that are ours; a link or a folder may be called like one."""
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if OWN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                    yield entry
-
     def open(self, id: str) -> FileIO:
-        """Return the file with this ID, which nobody deletes meanwhile; or raise OSError."""
+        """Return the file with this ID, which nobody deletes meanwhile; or raise a 404."""
         path = self.folder / f"{id}.chat-file"
-        if not OWN.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode):
-            raise FileNotFoundError
-        file = FileIO(path)
-        hold(file, alone=False)
-        return file
+        with suppress(OSError):
+            if is_own(path):
+                return hold(path, "r")
+        raise web.HTTPNotFound(text="There is no such file, or no longer")
 
 
 FILES = web.AppKey("files", Files)
+ROUTES = web.RouteTableDef()
 
 
+@ROUTES.post("/files")
 async def upload(request: web.Request) -> web.Response:
     """Take a file of a user who is here, which the user's key proves; answer its path."""
-    files, query, transport = request.app[FILES], request.query, request.transport
+    files, query = request.app[FILES], request.query
     user, name = (query.get(key, "").strip() for key in ("user", "name"))
-    if transport is None or chat.is_cross_origin(request):
+    if chat.is_cross_origin(request):
         raise web.HTTPForbidden(text="The pages of other sites may not attach files")
     if not request.app[chat.ROOM].is_key_of(user, query.get("key", "")):
         raise web.HTTPForbidden(text="Log in first: files are for who is in the room")
@@ -234,7 +195,7 @@ async def upload(request: web.Request) -> web.Response:
         text = f"The file is too large: {files.max_file / 2**20:g} MiB at most"
         raise web.HTTPRequestEntityTooLarge(files.max_file, text=text)
     try:
-        id = await files.receive(request.content, transport, size, user)
+        id = await files.receive(request.content, size, user)
     except (TimeoutError, ConnectionError, HttpProcessingError):
         text = "The upload was too slow, or ended early"
         raise web.HTTPRequestTimeout(text=text) from None
@@ -253,10 +214,10 @@ class Download(web.FileResponse):
 
     file: FileIO
 
-    async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Send the file, or the range of it that is asked for."""
         with self.file:
-            size = os.fstat(self.file.fileno()).st_size
+            size = self.file.seek(0, SEEK_END)
             try:
                 async with asyncio.timeout(PATIENCE + size / SLOWEST):
                     return await super().prepare(request)
@@ -264,14 +225,10 @@ class Download(web.FileResponse):
                 raise ConnectionResetError from None
 
 
+@ROUTES.get(r"/files/{id:[\w-]+}/{name}")
 async def download(request: web.Request) -> web.FileResponse:
     """Answer with a file, of which nothing can run, as what its name says it is."""
-    files, id = request.app[FILES], request.match_info["id"]
-    try:
-        file = await asyncio.to_thread(files.open, id)
-    except OSError:
-        text = "There is no such file, or no longer"
-        raise web.HTTPNotFound(text=text) from None
+    file = await asyncio.to_thread(request.app[FILES].open, request.match_info["id"])
     kind, encoding = mimetypes.guess_type(request.match_info["name"], strict=False)
     headers = {
         "Content-Security-Policy": "sandbox",
@@ -281,16 +238,8 @@ async def download(request: web.Request) -> web.FileResponse:
     }
     if kind and not encoding and SHOWN.match(kind):
         headers["Content-Type"] = kind + "; charset=utf-8" * (kind == "text/plain")
-    else:
-        headers["Content-Type"] = "application/octet-stream"
+    else:  # aiohttp itself says application/octet-stream of ID.chat-file
         headers["Content-Disposition"] = "attachment"
     response = Download(file.name, headers=headers)
     response.file = file
     return response
-
-
-def add_to(app: web.Application, files: Files) -> None:
-    """Give the application of a chat its files."""
-    app[FILES] = files
-    app.router.add_post("/files", upload)
-    app.router.add_get("/files/{id}/{name}", download)

@@ -80,7 +80,8 @@ def make_app(
     chat_page(CHAT.read_text("utf-8"), 0)
     call_page()
     app.middlewares.append(add_script)
-    files.add_to(app, stored)
+    app[files.FILES] = stored
+    app.add_routes(files.ROUTES)
     calls.add_to(app, ice)
     for path in "/media.js", "/call.js", "/call/{id}":
         app.router.add_get(path, asset)
