@@ -126,8 +126,10 @@ class Call:
 
 CALLS = web.AppKey("calls", dict[str, Call])  # by ID
 ICE = web.AppKey("ice", Servers)
+ROUTES = web.RouteTableDef()
 
 
+@ROUTES.post("/calls")
 async def begin(request: web.Request) -> web.Response:
     """Answer a user who is here, which the user's key proves, with the path of a call."""
     user, key = (request.query.get(key, "").strip() for key in ("user", "key"))
@@ -139,6 +141,7 @@ async def begin(request: web.Request) -> web.Response:
     return web.Response(status=201, text=f"/call/{id}")
 
 
+@ROUTES.get("/call/{id}/ws", allow_head=False)
 async def signalling(request: web.Request) -> web.WebSocketResponse:
     """Let a member into a call, and pass on what the pages say to one another.
 
@@ -183,10 +186,3 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
             del calls[call_id]
         asyncio.get_running_loop().call_later(2, chat.cut_off, member.transport)
     return member
-
-
-def add_to(app: web.Application, servers: Servers) -> None:
-    """Give the application of a chat its calls."""
-    app[CALLS], app[ICE] = {}, servers
-    app.router.add_post("/calls", begin)
-    app.router.add_get("/call/{id}/ws", signalling, allow_head=False)

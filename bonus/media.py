@@ -24,33 +24,18 @@ import files
 import chat
 
 CHAT = HERE.parent / "chat.html"
-POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none';
-  connect-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline';
-  img-src 'self' data:; media-src 'self'; base-uri 'none'; form-action 'none';
-  require-trusted-types-for 'script'; trusted-types 'none'">"""
-
-
-def put(text: str, place: str, page: str) -> str:
-    """Return `page` with `text` in place of what a regular expression finds once."""
-    page, count = re.subn(place, lambda _: text, page)
-    if count != 1:
-        raise ValueError(f"chat.html has not one place for {place}")
-    return page
 
 
 def chat_page(page: str, max_file: int) -> str:
-    """Return chat.html with media.js, and with the policy that this needs."""
+    """Return chat.html with media.js, and all that this may load; or raise ValueError."""
     script = f'<script type="module" src="media.js" data-max="{max_file}"></script>'
-    page = put(POLICY, "<!-- policy -->\\s*<meta [^>]*>", page)
-    return put(script, "<!-- scripts -->", page)
-
-
-def call_page() -> str:
-    """Return call.html with the colours of chat.html."""
-    colours = re.search(r":root \{.*?\n\}", CHAT.read_text("utf-8"), re.DOTALL)
-    if not colours:
-        raise ValueError("chat.html has no colours, :root { … }")
-    return put(colours[0], r"/\* colours \*/", (HERE / "call.html").read_text("utf-8"))
+    places = {"<!-- scripts -->": script, "script-src ": "script-src 'self' "}
+    places["img-src data:"] = "img-src 'self' data:; media-src 'self'"
+    for place, text in places.items():
+        if page.count(place) != 1:
+            raise ValueError(f"chat.html has not one place for {place}")
+        page = page.replace(place, text)
+    return page
 
 
 @web.middleware
@@ -58,38 +43,32 @@ async def add_script(request: web.Request, handler: Handler) -> web.StreamRespon
     """Add media.js to the page. The lists of users have the same address, but no place."""
     response = await handler(request)
     if isinstance(response, web.Response) and response.content_type == "text/html":
-        page, max_file = response.text or "", request.app[files.FILES].max_file
-        is_page = "<!-- scripts -->" in page
-        response.text = chat_page(page, max_file) if is_page else page
+        page = response.text or ""
+        if "<!-- scripts -->" in page:
+            response.text = chat_page(page, request.app[files.FILES].max_file)
     return response
 
 
 async def asset(request: web.Request) -> web.StreamResponse:
-    """Answer with the page of a call, or with one of the two scripts."""
+    """Answer with one of the two scripts, or the page of a call in chat.html's colours."""
     headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
     if request.path in ("/media.js", "/call.js"):
         return web.FileResponse(HERE / request.path[1:], headers=headers)
-    return web.Response(text=call_page(), content_type="text/html", headers=headers)
+    [colours] = re.findall(r":root \{.*?\n\}", CHAT.read_text("utf-8"), re.DOTALL)
+    page = (HERE / "call.html").read_text("utf-8").replace("/* colours */", colours)
+    return web.Response(text=page, content_type="text/html", headers=headers)
 
 
-def make_app(
-    stored: files.Files, ice: calls.Servers, app: web.Application | None = None
-) -> web.Application:
-    """Return the chat, or that of cluster.py, with files and calls; or raise ValueError."""
-    app = chat.make_app() if app is None else app
+def add_to(app: web.Application, stored: files.Files, ice: calls.Servers) -> None:
+    """Give the chat, or that of cluster.py, files and calls; or raise ValueError."""
     chat_page(CHAT.read_text("utf-8"), 0)
-    call_page()
     app.middlewares.append(add_script)
-    app[files.FILES] = stored
-    app.add_routes(files.ROUTES)
-    calls.add_to(app, ice)
-    for path in "/media.js", "/call.js", "/call/{id}":
-        app.router.add_get(path, asset)
-    return app
+    app[files.FILES], app[calls.CALLS], app[calls.ICE] = stored, {}, ice
+    assets = [web.get(path, asset) for path in ("/media.js", "/call.js", "/call/{id}")]
+    app.add_routes([*files.ROUTES, *calls.ROUTES, *assets])
 
 
-def main() -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+if __name__ == "__main__":
     parser = chat.options("The chat with files, notifications and calls")
     add = parser.add_argument
     add("--max-file", default=25, type=int, help="MiB; default: %(default)s")
@@ -104,20 +83,14 @@ def main() -> None:
         parser.error("--redis needs --files, a folder that all processes share")
     with tempfile.TemporaryDirectory(prefix="chat-") as temporary:
         try:
-            limits = (
-                2**20 * mebibytes for mebibytes in (args.max_file, args.max_total)
-            )
-            stored = files.Files(Path(args.files or temporary), *limits)
-            app = None
+            sizes = chat.MIB * args.max_file, chat.MIB * args.max_total
+            stored = files.Files(Path(args.files or temporary), *sizes)
+            app = chat.make_app()
             if args.redis:
                 import cluster  # needs redis-py, which nobody else does
 
                 app = cluster.make_app(args.redis, args.name)
-            app = make_app(stored, args.ice, app)
+            add_to(app, stored, args.ice)
         except (ImportError, OSError, ValueError) as error:
             sys.exit(f"media.py: {error}")
         chat.serve(app, args.host, args.port)
-
-
-if __name__ == "__main__":
-    main()

@@ -71,8 +71,9 @@ async def serve(
 ) -> AsyncIterator[TestClient]:
     """Serve a chat in which Jack is, with so many bytes a file and in all."""
     servers = [media.calls.ice_server(text) for text in ice]
-    server = Server(media.make_app(media.files.Files(folder, file, total), servers))
-    async with TestClient(server, connector=TCPConnector(limit=0)) as client:
+    app = media.chat.make_app()
+    media.add_to(app, media.files.Files(folder, file, total), servers)
+    async with TestClient(Server(app), connector=TCPConnector(limit=0)) as client:
         await client.ws_connect("/ws?user=Jack&key=k.1")
         yield client
 
