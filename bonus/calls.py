@@ -13,6 +13,7 @@ import re
 import secrets
 import time
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 from aiohttp import WSMsgType, web
 
@@ -30,9 +31,8 @@ def ice_server(text: str) -> tuple[str, str]:
     """Return the URL and the secret in `stun:HOST` or `turn:HOST?secret=SECRET`."""
     url, secret = [*re.split(r"[?&]secret=", text, maxsplit=1), ""][:2]
     if not re.fullmatch(r"turns?:\S+" if secret else r"stuns?:\S+", url):
-        raise argparse.ArgumentTypeError(
-            "expected stun:HOST or turn:HOST?secret=SECRET"
-        )
+        text = "expected stun:HOST or turn:HOST?secret=SECRET"
+        raise argparse.ArgumentTypeError(text)
     return url, secret
 
 
@@ -67,19 +67,8 @@ class Call:
         self.members: dict[str, chat.User] = {}  # by ID
         self.names: dict[str, str] = {}  # of those who were introduced, by ID
         self.changing = False  # introduce() is on its way
-        self.credit = float(MAX_MEMBERS * chat.BURST)  # bytes for those who come
-        self.paid_at = time.monotonic()
-
-    def pay_for(self, member: chat.User) -> None:
-        """Give who comes what this call has left for that, instead of a new burst.
-
-        So nobody floods a call by coming, talking and leaving again, as somebody else.
-        """
-        now = time.monotonic()
-        self.credit += chat.RATE * (now - self.paid_at)
-        self.credit, self.paid_at = min(self.credit, MAX_MEMBERS * chat.BURST), now
-        member.credit = min(self.credit, chat.BURST)
-        self.credit -= member.credit
+        # What those who left could still say for free, and when: see chat.User.pay().
+        self.credits: list[tuple[float, float]] = []
 
     def changed(self) -> None:
         """Introduce the members soon, once for all changes until then.
@@ -115,16 +104,15 @@ class Call:
         """Send `said`, as JSON, and wait for nobody; or raise ValueError: NaN is none."""
         # With escapes for what is not ASCII, it might be longer than 64 KiB.
         text = json.dumps(said, ensure_ascii=False, allow_nan=False).encode()
-        member = self.members.get(id)
-        if member is None:
-            return
+        member = self.members[id]
         if member.transport.get_write_buffer_size() > MAX_BEHIND:
             chat.cut_off(member.transport)
-        if not (member.closed or member.transport.is_closing()):
+        elif not (member.closed or member.transport.is_closing()):
             member.transport.write(chat.frame(WSMsgType.TEXT, text))
 
 
-CALLS = web.AppKey("calls", dict[str, Call])  # by ID
+Calls = WeakValueDictionary[str, Call]  # by ID; what holds a call are its members
+CALLS = web.AppKey("calls", Calls)
 ICE = web.AppKey("ice", Servers)
 ROUTES = web.RouteTableDef()
 
@@ -167,8 +155,8 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
     elif len(call.members) == MAX_MEMBERS:
         await member.close(code=4000, message=b"the call is full, it has 6 members")
         return member
-    else:
-        call.pay_for(member)
+    elif call.credits:  # else one could flood a call by coming and leaving as another
+        member.credit, member.paid_at = call.credits.pop()
     call.members[id] = member
     try:
         call.changed()
@@ -181,8 +169,7 @@ async def signalling(request: web.Request) -> web.WebSocketResponse:
         if call.members.get(id) is member:
             del call.members[id]
             call.names.pop(id, None)  # an answer tells of nobody who has left
+            call.credits.append((member.credit, member.paid_at))
             call.changed()
-        if not call.members and calls.get(call_id) is call:
-            del calls[call_id]
         asyncio.get_running_loop().call_later(2, chat.cut_off, member.transport)
     return member

@@ -63,7 +63,7 @@ def add_to(app: web.Application, stored: files.Files, ice: calls.Servers) -> Non
     """Give the chat, or that of cluster.py, files and calls; or raise ValueError."""
     chat_page(CHAT.read_text("utf-8"), 0)
     app.middlewares.append(add_script)
-    app[files.FILES], app[calls.CALLS], app[calls.ICE] = stored, {}, ice
+    app[files.FILES], app[calls.CALLS], app[calls.ICE] = stored, calls.Calls(), ice
     assets = [web.get(path, asset) for path in ("/media.js", "/call.js", "/call/{id}")]
     app.add_routes([*files.ROUTES, *calls.ROUTES, *assets])
 
