@@ -32,9 +32,7 @@ function element(tag, attributes, ...children) {
   return made;
 }
 
-function button(text, onclick) {
-  return Object.assign(element("button", { type: "button" }, text), { onclick });
-}
+const button = (text, onclick) => Object.assign(element("button", { type: "button" }, text), { onclick });
 
 function say(link) {
   const { value, selectionStart, selectionEnd } = message;
@@ -52,9 +50,7 @@ function say(link) {
 function post(request, path, body, query = {}) {
   request.open("POST", `${path}?${new URLSearchParams({ user: name.value, key: key.value, ...query })}`);
   request.send(body);
-  return new Promise((done) => {
-    request.onloadend = done;
-  });
+  return new Promise((done) => request.addEventListener("loadend", done));
 }
 
 // Files: one after the other, so that they are said in their order
@@ -62,45 +58,40 @@ function post(request, path, body, query = {}) {
 const uploads = element("ul", { id: "uploads", "aria-label": "Uploads" });
 let last = Promise.resolve();
 
-function attach(files) {
-  for (const file of files) {
-    const request = new XMLHttpRequest(); // fetch() does not tell how far an upload is
-    const bar = element("progress", { value: 0, "aria-label": file.name });
-    const row = element("li", {}, element("span", {}, file.name), bar, button("Cancel", () => {
-      row.remove();
-      request.abort();
-    }));
-    uploads.append(row);
-    last = last.then(() => row.isConnected && upload(file, request, bar)).then(() => row.remove());
-  }
-}
-
-async function upload(file, request, bar) {
-  const complain = (why) => bar.isConnected && complainOf(`${file.name}: ${why}`);
-  if (file.size > MAX_FILE) return complain(`The file is too large: ${MAX_FILE / 2 ** 20} MiB at most`);
-  try {
-    await file.slice(0, 1).arrayBuffer();
-  } catch {
-    return complain("This is a folder, or a file that cannot be read");
-  }
-  request.upload.onprogress = ({ loaded, total }) => {
-    bar.value = loaded / total;
-  };
-  await post(request, "files", file, { name: file.name });
-  const text = request.responseText;
-  if (request.status === 201) say(new URL(`.${text}`, location).href);
-  else if (request.getResponseHeader("Content-Type")?.startsWith("text/plain")) complain(text);
-  else complain(request.status ? `The upload failed, status ${request.status}` : "The connection is lost");
-}
-
-function complainOf(text) {
-  const row = element("li", {}, element("span", { role: "alert" }, text), button("Dismiss", () => row.remove()));
+function attach(file) {
+  const request = new XMLHttpRequest(); // fetch() does not tell how far an upload is
+  const bar = element("progress", { value: 0, "aria-label": file.name });
+  const row = element("li", {}, element("span", {}, file.name), bar, button("Cancel", () => {
+    row.remove();
+    request.abort();
+  }));
   uploads.append(row);
+  last = last.then(() => row.isConnected && upload(file, request, bar)).then((why) => {
+    if (why && row.isConnected) complain(`${file.name}: ${why}`);
+    row.remove();
+  });
+}
+
+// Upload a file and say its link; return why it cannot be, if so.
+async function upload(file, request, bar) {
+  if (file.size > MAX_FILE) return `The file is too large: ${MAX_FILE / 2 ** 20} MiB at most`;
+  const start = await file.slice(0, 1).arrayBuffer().catch(() => null);
+  if (!start) return "This is a folder, or a file that cannot be read";
+  request.upload.onprogress = ({ loaded, total }) => bar.setAttribute("value", loaded / total);
+  await post(request, "files", file, { name: file.name });
+  if (request.status === 201) return say(new URL(`.${request.responseText}`, location).href);
+  if (request.getResponseHeader("Content-Type")?.startsWith("text/plain")) return request.responseText;
+  return request.status ? `The upload failed, status ${request.status}` : "The connection is lost";
+}
+
+function complain(text) {
+  const dismiss = button("Dismiss", () => dismiss.parentElement.remove());
+  uploads.append(element("li", {}, element("span", { role: "alert" }, text), dismiss));
 }
 
 const picker = element("input", { type: "file", multiple: "", hidden: "", "aria-label": "Files" });
 picker.onchange = () => {
-  attach([...picker.files]);
+  [...picker.files].forEach(attach);
   picker.value = ""; // so that the same file may be picked again
 };
 
@@ -109,7 +100,7 @@ document.addEventListener("paste", (event) => {
   const isText = types.includes("text/plain") && types.includes("text/html"); // with a picture of it
   if (!files.length || isText) return;
   event.preventDefault();
-  attach([...files]);
+  [...files].forEach(attach);
 });
 
 for (const kind of ["dragover", "dragleave", "drop"]) {
@@ -117,17 +108,17 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
     if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault(); // else the browser would leave the page for the file
     document.body.classList.toggle("dropping", kind === "dragover");
-    if (kind === "drop") attach([...event.dataTransfer.files]);
+    if (kind === "drop") [...event.dataTransfer.files].forEach(attach);
   });
 }
 
 // Calls
 
 async function call() {
-  if (send.disabled) return complainOf("Log in first: calls are for who is in the room");
+  if (send.disabled) return complain("Log in first: calls are for who is in the room");
   const request = new XMLHttpRequest();
   await post(request, "calls");
-  if (request.status !== 201) return complainOf(request.responseText || "The server does not answer");
+  if (request.status !== 201) return complain(request.responseText || "The server does not answer");
   const { href } = new URL(`.${request.responseText}`, location);
   say(href);
   open(href, "_blank", "noopener"); // to wait there for the others
@@ -181,25 +172,22 @@ let supported = "Notification" in window;
 let note = null; // the notification that is shown
 let missed = []; // messages since the tab is hidden
 let timer = 0; // of the next notification
+let memory = {};
+try {
+  memory = localStorage;
+} catch { /* a browser may forbid it */ }
 login.after(element("label", { title: "Show messages that come while this tab is hidden" }, notify, " Notify"), state);
 
 function showState() {
-  let remembered = "";
-  try {
-    remembered = localStorage.getItem("notify");
-  } catch { /* a browser may forbid it */ }
   const permission = supported ? Notification.permission : "unsupported";
   notify.disabled = !supported;
-  notify.checked = remembered === "on" && permission === "granted";
+  notify.checked = memory.notify === "on" && permission === "granted";
   state.textContent = { granted: notify.checked ? "on" : "off", default: "off" }[permission] ?? permission;
 }
 
 notify.onchange = async () => {
-  const wanted = notify.checked;
-  if (wanted) await Notification.requestPermission(); // "denied" where a page is not from https:
-  try {
-    localStorage.setItem("notify", wanted ? "on" : "off");
-  } catch { /* then it is not remembered */ }
+  memory.notify = notify.checked ? "on" : "off";
+  if (notify.checked) await Notification.requestPermission(); // "denied" where a page is not from https:
   showState();
 };
 
