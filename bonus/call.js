@@ -18,7 +18,6 @@ try {
 
 let socket = null; // to the server
 let joined = false; // from the first introduction to leaving
-let visit = 0; // from one press on Join to leaving
 let myId = "";
 let myTile = null;
 let ice = []; // the servers to ask for a way to the others
@@ -28,14 +27,12 @@ let timer = 0; // of the next try
 
 login.onsubmit = async (event) => {
   event.preventDefault();
-  if (join.disabled) return;
-  const mine = ++visit;
+  const mine = own;
   memory.user = name.value = name.value.trim();
   join.disabled = true;
-  const lacking = devices ? await turnOn("audio", "video") : NO_DEVICES;
-  if (visit !== mine) return;
-  notice.textContent = lacking;
-  connect();
+  note(devices ? "" : NO_DEVICES);
+  if (devices) await turnOn("audio", "video");
+  if (own === mine) connect(); // else the page was left meanwhile
 };
 
 function connect() {
@@ -46,14 +43,19 @@ function connect() {
   asked = Date.now();
 }
 
-function lose(reason) {
-  socket.onmessage = socket.onclose = null; // what it still delivers is not listened to
-  socket.close();
+function disconnect() {
   clearTimeout(timer);
+  if (socket) socket.onmessage = socket.onclose = null; // what it still delivers is not listened to
+  socket?.close();
+  socket = null;
+  asked = 0;
+}
+
+function lose(reason) {
+  disconnect();
   if (!joined) return end(`Not in the call: ${reason || "the server does not answer"}`);
   for (const peer of peers.values()) peer.listed = false;
   show("Coming back …", "The connection to the server is lost, those who are here stay.");
-  asked = 0;
   timer = setTimeout(connect, Math.min(10_000, 500 * 2 ** tries++) * (1 - Math.random() / 2));
 }
 
@@ -101,18 +103,10 @@ function hear(said) {
 }
 
 function end(why) {
-  const leaving = socket;
-  socket = null;
+  disconnect();
   joined = false;
-  visit += 1;
-  asked = tries = 0;
-  clearTimeout(timer);
-  if (leaving) leaving.onclose = leaving.onmessage = null;
-  leaving?.close();
-  for (const { pc, timer } of peers.values()) {
-    clearTimeout(timer);
-    pc.close();
-  }
+  tries = 0;
+  for (const { pc } of peers.values()) pc.close();
   peers.clear();
   for (const kind in own) own[kind].stop();
   own = {};
@@ -130,11 +124,15 @@ addEventListener("pagehide", () => end("")); // so that the others know at once
 function show(text, more) {
   status.textContent = text;
   status.classList.toggle("online", text === "In the call");
-  if (notice.textContent !== more) notice.textContent = more;
+  note(more);
   login.hidden = joined;
   for (const tag of [tiles, mute, camera, choice, leave]) tag.hidden = !joined;
   share.hidden = !joined || !devices?.getDisplayMedia; // phones have none
   join.disabled = joined;
+}
+
+function note(text) {
+  if (notice.textContent !== text) notice.textContent = text; // else it would be read out again
 }
 
 let awake = null; // the lock that keeps the screen from going dark
@@ -148,6 +146,8 @@ document.addEventListener("visibilitychange", stayAwake); // a hidden page has l
 // Connections: "perfect negotiation", https://www.w3.org/TR/webrtc/#perfect-negotiation-example
 // Either end may offer at any time; if both do so at once, the polite one yields.
 
+const NO_WAY = "a network between you may block calls. Who runs this server can name a relay that helps, with --ice.";
+
 class Peer {
   constructor(id, name) {
     const pc = new RTCPeerConnection({ iceServers: ice });
@@ -157,11 +157,9 @@ class Peer {
     this.offering = this.answering = false;
     this.listed = true; // as a member that the server knows
     this.spoke = 0; // when it was last heard to speak
-    this.timer = 0; // of the search for a way to it
-    this.lost = false; // there is none
-    pc.ontrack = ({ streams }) => {
-      this.tile.video.srcObject = streams[0];
-    };
+    this.connected = Date.now(); // when it was last, or is to be from
+    this.lost = false; // no way to it is found
+    pc.ontrack = ({ streams: [srcObject] }) => Object.assign(this.tile.video, { srcObject });
     pc.onicecandidate = ({ candidate }) => candidate && this.tell("candidate", candidate);
     pc.onnegotiationneeded = async () => {
       if (this.polite && !this.met) return;
@@ -170,10 +168,7 @@ class Peer {
       this.offering = false;
       this.tell("description", pc.localDescription);
     };
-    pc.onconnectionstatechange = () => {
-      this.look();
-      if (pc.connectionState === "failed") this.mend();
-    };
+    pc.onconnectionstatechange = () => pc.connectionState === "failed" && this.mend();
     // Over this channel goes who is muted; and when the other one leaves, it closes at once.
     this.channel = pc.createDataChannel("", { negotiated: true, id: 0 });
     this.channel.onopen = () => this.send();
@@ -183,8 +178,7 @@ class Peer {
       } catch { /* nonsense */ }
     };
     this.channel.onclose = () => this.remove();
-    this.look();
-    announce(`${name} is here`);
+    news.append(element("p", {}, `${name} is here`));
   }
 
   tell(kind, content) {
@@ -219,28 +213,11 @@ class Peer {
     }
   }
 
-  // If there is no way to the other page after 20 s, say so.
-  look() {
-    if (this.pc.connectionState === "connected") {
-      clearTimeout(this.timer);
-      if (this.lost) show(status.textContent, "");
-      this.timer = 0;
-      this.lost = false;
-    } else {
-      this.timer ||= setTimeout(() => {
-        this.lost = true;
-        show(status.textContent, `No way to ${this.name} was found: a network between you may block calls. ` +
-          "Who runs this server can name a relay that helps, with --ice.");
-      }, 20_000); // milliseconds
-    }
-  }
-
   remove() {
     if (!peers.delete(this.id)) return;
-    clearTimeout(this.timer);
     this.pc.close();
     this.tile.item.remove();
-    announce(`${this.name} left`);
+    news.append(element("p", {}, `${this.name} left`));
   }
 
   // Send one's own sound and picture, and what there is to know about them.
@@ -263,17 +240,19 @@ class Peer {
     const level = Math.max(...sounds.flatMap((sound) => sound.getSynchronizationSources()).map(({ audioLevel }) => audioLevel));
     if (level > LOUD) this.spoke = Date.now();
     const waiting = this.pc.connectionState !== "connected";
+    if (!waiting) this.connected = Date.now();
+    const lost = Date.now() - this.connected > 20_000; // milliseconds
+    if (lost !== this.lost) note(lost ? `No way to ${this.name} was found: ${NO_WAY}` : "");
+    this.lost = lost;
     const { muted, dark, screen } = this.state;
     this.tile.show({
-      "no way found": this.lost, "connecting …": waiting && !this.lost, muted, "camera off": dark,
+      "no way found": lost, "connecting …": waiting && !lost, muted, "camera off": dark,
       screen, speaking: Date.now() - this.spoke < 1000,
     }, waiting || dark);
   }
 }
 
-setInterval(() => {
-  for (const peer of peers.values()) peer.show();
-}, 250); // milliseconds
+setInterval(() => peers.forEach((peer) => peer.show()), 250); // milliseconds
 
 // One's own sound and picture
 
@@ -281,9 +260,9 @@ const NO_DEVICES = "Browsers give camera and microphone only to pages from https
 const stream = new MediaStream(); // tells the others that sound and picture are one
 let own = {}; // tracks: audio, video, screen
 
-// Turn on what is not on yet; return why something is not.
+// Turn on what is not on yet; say why something is not.
 async function turnOn(...kinds) {
-  const mine = visit;
+  const mine = own; // another one from leaving on
   const why = {};
   const wish = (kind) => ({ ...(kind === "video" && PICTURE), deviceId: { exact: memory[kind] } });
   for (const wanted of new Set([kinds.join(), ...kinds])) { // both at once, for one question
@@ -292,10 +271,15 @@ async function turnOn(...kinds) {
     try {
       const found = await devices.getUserMedia(Object.fromEntries(off.map((kind) => [kind, wish(kind)])));
       for (const track of found.getTracks()) {
-        if (visit !== mine) track.stop(); // left meanwhile
+        if (own !== mine) track.stop(); // left meanwhile
         else own[track.kind] = track;
         delete why[track.kind];
-        track.onended = () => ended(track);
+        track.onended = () => { // not by a press on a button, which is no such event
+          delete own[track.kind];
+          const what = track.kind === "audio" ? "microphone" : "camera";
+          note(`The ${what} has ended: it is unplugged, or something else has taken it.`);
+          showOwn();
+        };
       }
     } catch (error) {
       for (const kind of off) {
@@ -304,58 +288,46 @@ async function turnOn(...kinds) {
       }
     }
   }
+  if (own !== mine) return;
   let text = why.audio ? `No microphone: ${why.audio}. ` : "";
   if (why.video) text += `No camera: ${why.video}. `;
-  return why.audio && why.video ? `${text}You can only listen.` : text;
+  note(why.audio && why.video ? `${text}You can only listen.` : text);
 }
 
-function ended({ kind }) { // not by a press on a button, which is no such event
+function turnOff(kind) {
+  own[kind]?.stop();
   delete own[kind];
-  show(status.textContent, `The ${kind === "audio" ? "microphone" : "camera"} has ended: it is unplugged, or something else has taken it.`);
-  if (joined) showOwn();
-}
-
-async function toggle(kind) {
-  if (kind === "audio" && own.audio) own.audio.enabled = !own.audio.enabled;
-  else if (own[kind]) { // its light goes out
-    own[kind].stop();
-    delete own[kind];
-  } else {
-    const why = await turnOn(kind);
-    if (joined) show(status.textContent, why);
-  }
-  if (joined) showOwn();
 }
 
 for (const [button, kind] of [[mute, "audio"], [camera, "video"]]) {
-  button.onclick = () => {
+  button.onclick = async () => {
     button.disabled = true; // until the browser has given the device
-    toggle(kind);
+    if (button === mute && own.audio) own.audio.enabled = !own.audio.enabled;
+    else if (own[kind]) turnOff(kind); // its light goes out
+    else await turnOn(kind);
+    showOwn();
   };
 }
 
 share.onclick = async () => {
-  if (own.screen) return stopSharing();
-  try {
-    [own.screen] = (await devices.getDisplayMedia()).getVideoTracks();
-    own.screen.contentHint = "detail"; // letters, rather than motion
-    own.screen.onended = stopSharing; // with the browser's own button
-    if (joined) showOwn();
-    else stopSharing();
-  } catch { /* thought better of it */ }
+  if (own.screen) turnOff("screen");
+  else {
+    try {
+      [own.screen] = (await devices.getDisplayMedia()).getVideoTracks();
+      own.screen.contentHint = "detail"; // letters, rather than motion
+      own.screen.onended = share.onclick; // with the browser's own button
+      if (!joined) turnOff("screen");
+    } catch { /* thought better of it */ }
+  }
+  showOwn();
 };
-
-function stopSharing() {
-  own.screen?.stop();
-  delete own.screen;
-  if (joined) showOwn();
-}
 
 function ownState() {
   return { muted: !own.audio?.enabled, dark: !own.video && !own.screen, screen: Boolean(own.screen) };
 }
 
 function showOwn() {
+  if (!joined) return;
   const track = own.screen ?? own.video;
   const { muted, dark, screen } = ownState();
   for (const [button, pressed] of [[mute, muted], [camera, !own.video], [share, screen]]) {
@@ -371,20 +343,18 @@ function showOwn() {
 
 async function listDevices() {
   const all = await devices?.enumerateDevices() ?? [];
-  for (const [select, kind] of [[audio, "audioinput"], [video, "videoinput"]]) {
-    const found = all.filter((device) => device.kind === kind);
+  for (const select of [audio, video]) {
+    const found = all.filter(({ kind }) => kind === `${select.id}input`);
     select.replaceChildren(...found.map(({ label, deviceId }, i) => new Option(label || `Number ${i + 1}`, deviceId)));
     select.value = own[select.id]?.getSettings().deviceId ?? select.value;
     select.onchange = async () => {
       memory[select.id] = select.value;
       const before = own[select.id];
       if (!before) return; // it is off, and stays so
-      before.stop(); // of two cameras, a phone opens one at a time
-      delete own[select.id];
-      const why = await turnOn(select.id);
+      turnOff(select.id); // of two cameras, a phone opens one at a time
+      await turnOn(select.id);
       if (own[select.id]) own[select.id].enabled = before.enabled;
-      if (joined) show(status.textContent, why);
-      if (joined) showOwn();
+      showOwn();
     };
   }
 }
@@ -425,10 +395,6 @@ function enlarge(item) {
   }
 }
 addEventListener("keydown", ({ key }) => key === "Escape" && enlarge(null));
-
-function announce(text) {
-  news.append(element("p", {}, text));
-}
 
 show("Not in the call", devices ? "" : NO_DEVICES);
 name.value = memory.user ?? "";
