@@ -30,7 +30,7 @@ import chat
 
 COST = 2**14  # bytes a file counts on top of its own, so that empty ones are not free
 PATIENCE, SLOWEST = 30, 2**15  # seconds for a transfer, and bytes that give it one more
-OWN = re.compile(r"[\w-]{16}([\w-]{8})\.chat-(file|part)", re.ASCII)
+OWN = re.compile(r"[\w-]{24}\.chat-(file|part)", re.ASCII)
 SHOWN = re.compile(r"image/(?!svg)|audio/|video/|text/plain")  # all else is downloaded
 KINDS = {"image/jpeg": ".jfif", "audio/flac": ".flac", "audio/mp4": ".m4a"}
 KINDS |= {"audio/ogg": ".oga .ogg .opus", "video/mp4": ".m4v", "video/ogg": ".ogv"}
