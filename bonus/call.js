@@ -157,7 +157,7 @@ class Peer {
     this.offering = this.answering = false;
     this.listed = true; // as a member that the server knows
     this.spoke = 0; // when it was last heard to speak
-    this.connected = Date.now(); // when it was last, or is to be from
+    this.waited = 0; // for a connection, in quarters of a second
     this.lost = false; // no way to it is found
     pc.ontrack = ({ streams: [srcObject] }) => Object.assign(this.tile.video, { srcObject });
     pc.onicecandidate = ({ candidate }) => candidate && this.tell("candidate", candidate);
@@ -238,8 +238,8 @@ class Peer {
     const level = Math.max(...sounds.flatMap((sound) => sound.getSynchronizationSources()).map(({ audioLevel }) => audioLevel));
     if (level > LOUD) this.spoke = Date.now();
     const waiting = this.pc.connectionState !== "connected";
-    if (!waiting) this.connected = Date.now();
-    const lost = Date.now() - this.connected > 20_000; // milliseconds
+    this.waited = waiting ? this.waited + 1 : 0; // a count, since the time of sleep is none
+    const lost = this.waited > 80; // that is 20 seconds
     if (lost !== this.lost) note(lost ? `No way to ${this.name} was found: ${NO_WAY}` : "");
     this.lost = lost;
     const { muted, dark, screen } = this.state;

@@ -29,13 +29,14 @@ CHAT = HERE.parent / "chat.html"
 def chat_page(page: str, max_file: int) -> str:
     """Return chat.html with media.js, and all that this may load; or raise ValueError."""
     script = f'<script type="module" src="media.js" data-max="{max_file}"></script>'
-    places = {"<!-- scripts -->": script, "script-src ": "script-src 'self' "}
-    places["img-src data:"] = "img-src 'self' data:; media-src 'self'"
-    for place, text in places.items():
+    for place in "<!-- policy -->", "<!-- scripts -->":
         if page.count(place) != 1:
             raise ValueError(f"chat.html has not one place for {place}")
-        page = page.replace(place, text)
-    return page
+    start, _, rest = page.partition("<!-- policy -->")
+    policy, end, rest = rest.partition(">")
+    policy = policy.replace("script-src ", "script-src 'self' ")
+    policy = policy.replace("img-src data:", "img-src 'self' data:; media-src 'self'")
+    return start + policy + end + rest.replace("<!-- scripts -->", script)
 
 
 @web.middleware

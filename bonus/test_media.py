@@ -431,13 +431,23 @@ async def test_what_is_not_its_own_in_the_folder_is_left_alone(folder):
         (folder / f"{'f' * 23}{suffix}").write_bytes(bytes(300_000))
         os.mkfifo(folder / f"{'p' * 24}{suffix}")
     (folder / ("f" * 22)).write_bytes(bytes(300_000))
+    (folder.parent / f"{id}.chat-file").write_bytes(b"another chat's")
     (folder / f"{id}.chat-part").write_bytes(bytes(300_000))  # of a crash
     (folder / f"{id}.chat-file").write_bytes(b"own")
     before = sorted(folder.iterdir())
     before.remove(folder / f"{id}.chat-part")
     async with serve(folder, 100_000, 250_000) as client:
         assert sorted(folder.iterdir()) == before
-        for name in "l" * 24, "d" * 24, "f" * 23, "p" * 24, "f" * 22, "%2e%2e":
+        foreign = (
+            "l" * 24,
+            "d" * 24,
+            "f" * 23,
+            "p" * 24,
+            "f" * 22,
+            "%2e%2e",
+            f"..%2F{id}",
+        )
+        for name in foreign:
             assert (await get(client, URL(f"/files/{name}/a", encoded=True)))[0] == 404
         assert await get(client, f"/files/{id}/a") == (200, b"own")
         for _ in range(4):
