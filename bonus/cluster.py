@@ -26,7 +26,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +38,7 @@ from stream import END, Entry, Lost, StartOver, Stream, connect, happens, order
 
 import chat
 
-PATIENCE = 6  # seconds that a login waits; by then, a dead process is gone
-MAX_WAITING = 1000  # logins at once; more would fill the memory while Redis is away
+PATIENCE = 6  # seconds that a login waits for Redis
 log = logging.getLogger("chat")
 
 
@@ -59,7 +57,7 @@ class Draft:
 class ClusterRoom(chat.Room):
     """The room of all processes; its `users` are those of this one."""
 
-    since: str  # what was said by who had not read so far is not heard
+    founded: str  # the position of the entry that did so
 
     def __init__(self, url: str, name: str, keep: float, alive: float) -> None:
         super().__init__()
@@ -69,7 +67,6 @@ class ClusterRoom(chat.Room):
         # Set while it knows the room, and has read all that was there when it started
         self.ready = asyncio.Event()
         self.pending: dict[str, Wish] = {}  # logins, by a random word for each
-        self.to_utter: dict[str, Wish] = {}  # those of them that the next entry says
         self.draft = Draft()
         self.be_born()
 
@@ -132,7 +129,7 @@ class ClusterRoom(chat.Room):
         """Close the connections of `users`, who say nothing more from now on."""
         self.flush()
         for user in list(users):
-            self.users.pop(user.name, None)
+            del self.users[user.name]
             if user.prepared:
                 closing = user.close(code=code, message=reason.encode())
                 user.closing = asyncio.create_task(closing)
@@ -144,7 +141,7 @@ class ClusterRoom(chat.Room):
         """
         while True:
             await self.wake.wait()
-            await self.stream.caught_up.wait()
+            await self.stream.all_read.wait()
             self.wake.clear()
             stream, draft, self.draft = self.stream, self.draft, Draft()
             draft.taken.set()
@@ -162,7 +159,6 @@ class ClusterRoom(chat.Room):
         """Say from time to time that this process is alive; while Redis is away, once."""
         while True:
             await asyncio.sleep(self.alive)
-            self.to_utter |= self.pending
             if ("alive",) not in self.draft.words:
                 self.append("alive")
 
@@ -176,11 +172,11 @@ class ClusterRoom(chat.Room):
                 await self.obey(entry)
                 self.stream.obeyed(entry)
             except StartOver as error:
-                if self.stream.caught_up.is_set():
+                if self.stream.all_read.is_set():
                     self.start_over(error)
                 else:  # there was a hole before it started: it learns the room behind that
                     self.know({}, {}, self.last, "")
-            if self.knows and self.stream.caught_up.is_set() > self.ready.is_set():
+            if not self.ready.is_set() and self.knows and self.stream.all_read.is_set():
                 self.ready.set()
                 self.wake.set()
 
@@ -194,13 +190,14 @@ class ClusterRoom(chat.Room):
                 # It does not know that it was taken for dead, and is going to read this.
                 self.append("gone", entry.author, "is gone")
             return
-        if order(entry.seen) >= order(self.since):
-            # What is the last message there for its author, is that for this process.
-            if entry.last not in (None, self.counts.get(entry.seen, entry.last)):
-                raise Lost("Others have other messages")
-            for text in entry.said:
-                with suppress(OverflowError):  # no message is that long
-                    self.add(chat.frame(WSMsgType.TEXT, text))
+        # What is the last message there for its author, is that for this process.
+        known = entry.last if order(entry.seen) >= order(self.founded) else None
+        if known not in (None, self.counts.get(entry.seen, known)):
+            raise Lost("Others have other messages")
+        for text in entry.said:
+            owner = self.everyone.get(text.partition(b":")[0].decode(errors="replace"))
+            if owner and owner.process == entry.author:  # else, it had lost the name
+                self.add(chat.frame(WSMsgType.TEXT, text))
         self.counts[entry.position] = self.last
         if len(self.counts) > 1000:
             del self.counts[next(iter(self.counts))]
@@ -208,17 +205,8 @@ class ClusterRoom(chat.Room):
             match word:
                 case ["enter", str(name), str(login), str(key), int(turn)]:
                     self.wish(name, Owner(login, entry.author, key, turn))
-                case [
-                    "moved",
-                    str(name),
-                    str(login),
-                    [_, _, _, _] as to,
-                    float(credit),
-                ]:
-                    if self.owns(login, name):
-                        self.move(name, Owner(*to), credit)
                 case ["left", str(name), str(login), str(how)]:
-                    if self.owns(login, name):
+                    if (owner := self.everyone.get(name)) and owner.login == login:
                         self.remove([name], how)
                 case ["alive"] if entry.author == me:
                     for process in self.stream.silent_ones():
@@ -231,13 +219,11 @@ class ClusterRoom(chat.Room):
                     gone = [name for name, it in owners if it.process == process]
                     self.remove(gone, how)
                 case ["reset", str(reason)]:
-                    self.since = entry.position  # what was said before is heard no more
-                    self.draft.said.clear()
                     self.remove([*self.everyone], "was let go: " + reason)
                     self.let_go(self.users.values(), 1000, reason)
                 case ["room", *_] if self.ready.is_set():
                     self.tell_at = time.monotonic() + self.keep / 8
-                case ["founds", *_] if order(entry.seen) >= order(self.since):
+                case ["founds", *_] if order(entry.seen) >= order(self.founded):
                     raise StartOver("This process was taken for dead")
                 case ["lost"]:
                     raise StartOver("The stream has lost a part")
@@ -246,40 +232,37 @@ class ClusterRoom(chat.Room):
             self.wake.set()
 
     def remove(self, names: list[str], how: str) -> None:
-        """Take `names` off the list; who waits for one of them says so once more."""
+        """Take `names` off the list."""
         for name in names:
             del self.everyone[name]
             self.changed(name, how)
-        self.to_utter |= self.pending
-        if self.to_utter:
-            self.wake.set()
 
     def changed(self, name: str, how: str) -> None:
         """Log who came or went, and tell everyone here; not what is long past."""
         if self.ready.is_set():
             super().changed(name, how)
 
-    # 3. A name is one login's, which hands it over to the next one of the same user
+    # 3. A name is one login's, which loses it to the next one of the same user
     #
-    # The process of the new connection says what it wants. The one of the old connection
-    # reads that, lets its user go, and says so after all that this user said. So all of it
-    # has been heard when the new connection begins.
+    # All processes read at the same place of the stream who enters with the key. From there
+    # on, they hear nothing of what the old connection said, wherever it was.
 
     async def enter(self, user: chat.User) -> None:
         """Log `user` in, or raise HTTPConflict; without Redis, HTTPServiceUnavailable."""
-        away = web.HTTPServiceUnavailable(text="The room cannot be reached just now")
-        if len(self.pending) >= MAX_WAITING:
-            raise away
-        login, wish = secrets.token_hex(8), Wish(user, asyncio.Event())
-        self.pending[login] = self.to_utter[login] = wish
+        login = secrets.token_hex(8)
+        self.pending[login] = wish = Wish(user)
         self.wake.set()
         try:
             if not await happens(wish.answered, PATIENCE):
-                raise away
+                self.append("left", user.name, login, "did not wait")
+                away = "The room cannot be reached just now"
+                raise web.HTTPServiceUnavailable(text=away)
         finally:
             del self.pending[login]
         if self.users.get(user.name) is not user:
-            raise web.HTTPConflict(text=f"User {user.name} already logged in")
+            if not self.is_free_for(user):
+                raise web.HTTPConflict(text=f"User {user.name} already logged in")
+            await self.enter(user)  # who had the name has left meanwhile, or is leaving
 
     def is_free_for(self, user: chat.User) -> bool:
         """Tell whether the name is nobody's, in no process, or the same user's."""
@@ -291,51 +274,31 @@ class ClusterRoom(chat.Room):
 
     def wishes(self) -> list[Any]:
         """Return the words of those who wait for a name and are to say so now."""
-        wishes, self.to_utter = self.to_utter, {}
-        return [
-            ("enter", user.name, login, hashed(user.key), user.turn)
-            for login, (user, _) in wishes.items()
-            if login in self.pending and not user.transport.is_closing()
-        ]
+        words = []
+        for login, wish in self.pending.items():
+            user = wish.user
+            if wish.said_in is not self.stream and not user.transport.is_closing():
+                wish.said_in = self.stream
+                words.append(("enter", user.name, login, hashed(user.key), user.turn))
+        return words
 
     def wish(self, name: str, new: Owner) -> None:
-        """Give `name` to `new` if it is free; its owner hands it over if it may."""
-        owner, wish = self.everyone.get(name), self.pending.get(new.login)
-        if not owner:
-            self.give(name, new, "logged in")
-        elif not owner.yields_to(new.key, new.turn):
-            if wish and not self.is_free_for(wish.user):
-                wish.answered.set()
-        elif owner.process == self.stream.author and owner.login != new.login:
-            if not (user := self.users.get(name)):
-                return  # it is leaving
-            credit = user.credit + chat.RATE * (time.monotonic() - user.paid_at)
-            self.let_go([user], 1000, "logged in again elsewhere")
-            self.append("moved", name, owner.login, new, credit)
-
-    def move(self, name: str, new: Owner, credit: float) -> None:
-        """Give `name` to `new`, with the token bucket."""
-        if new.process not in self.stream.authors:
-            return self.remove([name], "is gone")
-        if wish := self.pending.get(new.login):
-            wish.user.credit, wish.user.paid_at = credit, time.monotonic()
-        self.give(name, new, "came back")
-
-    def give(self, name: str, owner: Owner, how: str) -> None:
-        """Have `owner` own `name`."""
-        self.everyone[name] = owner
-        if owner.process == self.stream.author:
-            wish = self.pending.get(owner.login)
-            if wish and not wish.user.transport.is_closing():
-                self.users[name] = wish.user
-                wish.answered.set()
-            else:
-                self.append("left", name, owner.login, "did not wait")
-        self.changed(name, how)
-
-    def owns(self, login: str, name: str) -> bool:
-        """Tell whether `login` owns `name`, at this place of the stream."""
-        return name in self.everyone and self.everyone[name].login == login
+        """Give `name` to `new` if it is free, or the same user's; else refuse it."""
+        owner, is_here = self.everyone.get(name), new.process == self.stream.author
+        wish = self.pending.get(new.login) if is_here else None
+        if owner is None or owner.yields_to(new.key, new.turn):
+            self.everyone[name] = new
+            if old := self.users.get(name):
+                self.let_go([old], 1000, "logged in again elsewhere")
+            if wish:
+                user = self.users[name] = wish.user
+                if old:  # to take a name over is no way to say more
+                    user.credit, user.paid_at = old.credit, old.paid_at
+                elif owner:  # that of another process is not known
+                    user.credit = -float(chat.MAX_MESSAGE)
+            self.changed(name, "came back" if owner else "logged in")
+        if wish:
+            wish.answered.set()
 
     # 4. Who does not know the room reads on until somebody says what it is
     #
@@ -358,9 +321,9 @@ class ClusterRoom(chat.Room):
         self.know({}, {}, self.last, "")
         self.wake.set()
 
-    def know(self, authors: Any, everyone: Any, last: int, since: str) -> None:
-        """Have this room, or none if `since` is ""; keep none of the messages before."""
-        self.knows, self.since = since != "", since
+    def know(self, authors: Any, everyone: Any, last: int, founded: str) -> None:
+        """Have this room, or none if `founded` is ""; keep none of the messages before."""
+        self.knows, self.founded = founded != "", founded
         self.stream.authors = authors
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
         # The number of the last message at each of the last positions
@@ -374,11 +337,10 @@ class ClusterRoom(chat.Room):
     def state(self) -> list[Any]:
         """Return the word that says what the room is, if it is on this process to say it."""
         authors = self.stream.authors
-        if self.knows:
-            eldest = next(iter(authors), "") == self.stream.author
-            if eldest and time.monotonic() >= self.tell_at:
-                return [("room", authors, self.everyone, self.last, self.since)]
-        elif self.silence >= 2:
+        eldest = self.knows and next(iter(authors), "") == self.stream.author
+        if eldest and time.monotonic() >= self.tell_at:
+            return [("room", authors, self.everyone, self.last, self.founded)]
+        if not self.knows and self.silence >= 2:
             # The clock gives the first number, as in chat.py; none comes again.
             last = max(time.time_ns() // 1000, self.last + 2**20)
             return [("founds", authors, {}, last, "")]
@@ -395,14 +357,13 @@ class ClusterRoom(chat.Room):
                 case ["alive"] if entry.author == self.stream.author:
                     self.silence += 1
                     self.wake.set()
-                case ["room" | "founds", authors, everyone, int(last), str(since)]:
-                    # It is what the author had read.
+                case ["room" | "founds", authors, everyone, int(last), str(founded)]:
                     at, passed = order(entry.seen), self.passed
-                    if order(passed[0].position) <= at:
-                        self.know(authors, everyone, last, since or entry.position)
-                        for each in passed:
-                            if order(each.position) > at:
-                                await self.obey(each)
+                    behind = [each for each in passed if order(each.position) > at]
+                    if len(behind) < len(passed):  # or it may have missed some of them
+                        self.know(authors, everyone, last, founded or entry.position)
+                        for each in behind:
+                            await self.obey(each)
 
     def start_over(self, error: StartOver) -> None:
         """Let all users go, who come back, and be another process."""
@@ -446,11 +407,13 @@ class Owner(NamedTuple):
         return self.key == key != "" and self.turn <= turn
 
 
-class Wish(NamedTuple):
+@dataclass
+class Wish:
     """A user who waits for its name."""
 
     user: chat.User
-    answered: asyncio.Event
+    said_in: Stream | None = None
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 def hashed(key: str) -> str:

@@ -65,7 +65,9 @@ class Entry(NamedTuple):
         number, last = int(fields[b"number"]), fields.get(b"last")
         words = json.loads(fields[b"words"] or b"[]")
         *said, rest = fields[b"said"].split(END)
-        if not isinstance(words, list) or rest or order(seen) >= order(position):
+        if not isinstance(words, list) or order(seen) >= order(position):
+            raise ValueError
+        if rest or any(len(text) >= 2**16 for text in said):
             raise ValueError
         counted = None if last is None else int(last)
         return cls(position, before, author, number, seen, counted, words, said)
@@ -92,7 +94,7 @@ class Stream:
         self.position = "0-0"  # of the last entry read
         self.fetched = deque[tuple[bytes, dict[bytes, bytes]]]()  # not read yet
         self.is_at_end = False  # there was no more than what was fetched last
-        self.caught_up = asyncio.Event()  # set when all was read that was there
+        self.all_read = asyncio.Event()  # set when all was read that was there
         self.times = deque[tuple[float, str]]()  # when which position was read
 
     async def check(self) -> None:
@@ -129,7 +131,7 @@ class Stream:
                 if self.fell_back:  # so what is appended from now on would not be read
                     raise Lost("The stream fell back")
                 if self.is_at_end:
-                    self.caught_up.set()
+                    self.all_read.set()
                 wait = 2000 if self.is_at_end else None  # milliseconds
                 xread, since = self.redis.xread, {self.name: self.position}
                 for _, fetched in await self.ask(xread, since, count=COUNT, block=wait):
