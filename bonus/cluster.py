@@ -145,7 +145,7 @@ class ClusterRoom(chat.Room):
             self.wake.clear()
             stream, draft, self.draft = self.stream, self.draft, Draft()
             draft.taken.set()
-            if self.ready.is_set():
+            if self.knows:
                 draft.words += self.wishes()
             draft.words += self.state()
             last = self.last if self.knows else None
@@ -169,6 +169,8 @@ class ClusterRoom(chat.Room):
         while True:
             try:
                 entry = await self.stream.next()
+                if self.knows and self.stream.all_read.is_set():
+                    self.ready.set()
                 await self.obey(entry)
                 self.stream.obeyed(entry)
             except StartOver as error:
@@ -176,9 +178,6 @@ class ClusterRoom(chat.Room):
                     self.start_over(error)
                 else:  # there was a hole before it started: it learns the room behind that
                     self.know({}, {}, self.last, "")
-            if not self.ready.is_set() and self.knows and self.stream.all_read.is_set():
-                self.ready.set()
-                self.wake.set()
 
     async def obey(self, entry: Entry) -> None:
         """Do what `entry` says, its messages first; raise StartOver if that cannot be."""
@@ -190,17 +189,16 @@ class ClusterRoom(chat.Room):
                 # It does not know that it was taken for dead, and is going to read this.
                 self.append("gone", entry.author, "is gone")
             return
-        # What is the last message there for its author, is that for this process.
-        known = entry.last if order(entry.seen) >= order(self.founded) else None
-        if known not in (None, self.counts.get(entry.seen, known)):
+        if order(entry.seen) < order(self.founded):
+            known = None  # in another room, or in none
+        else:
+            known = entry.last if entry.seen == entry.before else None
+        if known not in (None, self.last):
             raise Lost("Others have other messages")
         for text in entry.said:
             owner = self.everyone.get(text.partition(b":")[0].decode(errors="replace"))
             if owner and owner.process == entry.author:  # else, it had lost the name
                 self.add(chat.frame(WSMsgType.TEXT, text))
-        self.counts[entry.position] = self.last
-        if len(self.counts) > 1000:
-            del self.counts[next(iter(self.counts))]
         for word in entry.words:
             match word:
                 case ["enter", str(name), str(login), str(key), int(turn)]:
@@ -221,8 +219,6 @@ class ClusterRoom(chat.Room):
                 case ["reset", str(reason)]:
                     self.remove([*self.everyone], "was let go: " + reason)
                     self.let_go(self.users.values(), 1000, reason)
-                case ["room", *_] if self.ready.is_set():
-                    self.tell_at = time.monotonic() + self.keep / 8
                 case ["founds", *_] if order(entry.seen) >= order(self.founded):
                     raise StartOver("This process was taken for dead")
                 case ["lost"]:
@@ -252,13 +248,12 @@ class ClusterRoom(chat.Room):
         login = secrets.token_hex(8)
         self.pending[login] = wish = Wish(user)
         self.wake.set()
-        try:
-            if not await happens(wish.answered, PATIENCE):
-                self.append("left", user.name, login, "did not wait")
-                away = "The room cannot be reached just now"
-                raise web.HTTPServiceUnavailable(text=away)
-        finally:
-            del self.pending[login]
+        is_answered = await happens(wish.answered, PATIENCE)
+        del self.pending[login]
+        if not is_answered:
+            self.append("left", user.name, login, "did not wait")
+            away = "The room cannot be reached just now"
+            raise web.HTTPServiceUnavailable(text=away)
         if self.users.get(user.name) is not user:
             if not self.is_free_for(user):
                 raise web.HTTPConflict(text=f"User {user.name} already logged in")
@@ -288,14 +283,12 @@ class ClusterRoom(chat.Room):
         wish = self.pending.get(new.login) if is_here else None
         if owner is None or owner.yields_to(new.key, new.turn):
             self.everyone[name] = new
-            if old := self.users.get(name):
-                self.let_go([old], 1000, "logged in again elsewhere")
+            if name in self.users:
+                self.let_go([self.users[name]], 1000, "logged in again elsewhere")
             if wish:
-                user = self.users[name] = wish.user
-                if old:  # to take a name over is no way to say more
-                    user.credit, user.paid_at = old.credit, old.paid_at
-                elif owner:  # that of another process is not known
-                    user.credit = -float(chat.MAX_MESSAGE)
+                self.users[name] = wish.user
+                if owner:  # or to take one's name over would be a way to say more
+                    wish.user.credit = -chat.MAX_MESSAGE
             self.changed(name, "came back" if owner else "logged in")
         if wish:
             wish.answered.set()
@@ -319,26 +312,25 @@ class ClusterRoom(chat.Room):
         self.draft.taken.set()
         self.draft = Draft([*words])
         self.know({}, {}, self.last, "")
-        self.wake.set()
 
     def know(self, authors: Any, everyone: Any, last: int, founded: str) -> None:
         """Have this room, or none if `founded` is ""; keep none of the messages before."""
         self.knows, self.founded = founded != "", founded
         self.stream.authors = authors
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
-        # The number of the last message at each of the last positions
-        self.counts: dict[str, int] = {}
         # What was read since it knew nothing; who says what the room is has read most of it
         self.passed = deque[Entry](maxlen=10_000)
         self.messages.clear()
         self.size, self.last, self.forgotten = 0, last, last
         self.flush()
+        self.wake.set()  # to ask what it is, or to log in who waits for that
 
     def state(self) -> list[Any]:
         """Return the word that says what the room is, if it is on this process to say it."""
         authors = self.stream.authors
         eldest = self.knows and next(iter(authors), "") == self.stream.author
-        if eldest and time.monotonic() >= self.tell_at:
+        if eldest and (now := time.monotonic()) >= self.tell_at:
+            self.tell_at = now + self.keep / 8
             return [("room", authors, self.everyone, self.last, self.founded)]
         if not self.knows and self.silence >= 2:
             # The clock gives the first number, as in chat.py; none comes again.
