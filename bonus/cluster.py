@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import secrets
 import sys
 import time
@@ -39,7 +38,6 @@ from stream import END, Entry, Lost, StartOver, Stream, connect, happens, order
 import chat
 
 PATIENCE = 6  # seconds that a login waits for Redis
-log = logging.getLogger("chat")
 
 
 @dataclass
@@ -48,16 +46,16 @@ class Draft:
 
     words: list[Any] = field(default_factory=list)
     said: bytearray = field(default_factory=bytearray)  # messages, each with END
+    logins: dict[str, chat.User] = field(default_factory=dict)  # by a random word
     # Who want to know whether all that they said was heard
     asking: dict[str, chat.User] = field(default_factory=dict)
     taken: asyncio.Event = field(default_factory=asyncio.Event)  # it gathers no more
-    done: asyncio.Event = field(default_factory=asyncio.Event)  # it is read, and obeyed
+    # It is read and obeyed, or this process starts over
+    done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ClusterRoom(chat.Room):
     """The room of all processes; its `users` are those of this one."""
-
-    founded: str  # the position of the entry that did so
 
     def __init__(self, url: str, name: str, keep: float, alive: float) -> None:
         super().__init__()
@@ -66,14 +64,13 @@ class ClusterRoom(chat.Room):
         self.wake = asyncio.Event()  # set when there is something to append
         # Set while it knows the room, and has read all that was there when it started
         self.ready = asyncio.Event()
-        self.pending: dict[str, Wish] = {}  # logins, by a random word for each
-        self.draft = Draft()
+        self.draft = self.under_way = Draft()
         self.be_born()
 
     # 1. What happens at the sockets of this process goes into its next entry
 
     def append(self, *word: Any) -> asyncio.Event:
-        """Have the next entry say `word`; return the event that it is read, and obeyed."""
+        """Have the next entry say `word`; return the event that it is done."""
         self.draft.words.append(word)
         self.wake.set()
         return self.draft.done
@@ -116,7 +113,8 @@ class ClusterRoom(chat.Room):
     async def close(self, code: int, reason: str) -> None:
         """Log off everyone here, or everywhere, if it is the operator's reset: code 1000."""
         if code == 1000:
-            if not await happens(self.append("reset", reason), 2):
+            done = await happens(self.append("reset", reason), 2)
+            if not done or not self.ready.is_set():
                 raise web.HTTPServiceUnavailable(text="The reset waits for Redis")
             return
         how = "was let go: " + reason
@@ -143,17 +141,19 @@ class ClusterRoom(chat.Room):
             await self.wake.wait()
             await self.stream.all_read.wait()
             self.wake.clear()
-            stream, draft, self.draft = self.stream, self.draft, Draft()
+            self.under_way = draft = self.draft
+            self.draft = Draft()
             draft.taken.set()
-            if self.knows:
-                draft.words += self.wishes()
+            for login, user in draft.logins.items():
+                if not user.transport.is_closing():
+                    word = "enter", user.name, login, hashed(user.key), user.turn
+                    draft.words.append(word)
             draft.words += self.state()
             last = self.last if self.knows else None
-            await stream.append(draft.words, bytes(draft.said), last)
-            if stream is self.stream:  # else it has started over meanwhile
-                draft.done.set()
-                for user in draft.asking.values():
-                    super().answer(user)
+            await self.stream.append(draft.words, bytes(draft.said), last)
+            draft.done.set()
+            for user in draft.asking.values():
+                super().answer(user)
 
     async def give_signs(self) -> None:
         """Say from time to time that this process is alive; while Redis is away, once."""
@@ -181,19 +181,12 @@ class ClusterRoom(chat.Room):
 
     async def obey(self, entry: Entry) -> None:
         """Do what `entry` says, its messages first; raise StartOver if that cannot be."""
-        authors, me = self.stream.authors, self.stream.author
         if not self.knows:
             return await self.learn(entry)
         if not await self.stream.is_next(entry):
-            if self.ready.is_set() and entry.author not in {me, *authors}:
-                # It does not know that it was taken for dead, and is going to read this.
-                self.append("gone", entry.author, "is gone")
             return
-        if order(entry.seen) < order(self.founded):
-            known = None  # in another room, or in none
-        else:
-            known = entry.last if entry.seen == entry.before else None
-        if known not in (None, self.last):
+        ours = order(entry.seen) >= order(self.founded)  # else it is of an earlier room
+        if ours and entry.seen == entry.before and entry.last not in (None, self.last):
             raise Lost("Others have other messages")
         for text in entry.said:
             owner = self.everyone.get(text.partition(b":")[0].decode(errors="replace"))
@@ -202,24 +195,24 @@ class ClusterRoom(chat.Room):
         for word in entry.words:
             match word:
                 case ["enter", str(name), str(login), str(key), int(turn)]:
-                    self.wish(name, Owner(login, entry.author, key, turn))
+                    self.give(name, Owner(login, entry.author, key, turn))
                 case ["left", str(name), str(login), str(how)]:
                     if (owner := self.everyone.get(name)) and owner.login == login:
                         self.remove([name], how)
-                case ["alive"] if entry.author == me:
+                case ["alive"] if entry.author == self.stream.author:
                     for process in self.stream.silent_ones():
                         self.append("gone", process, "is gone")
                 case ["gone", str(process), str(how)]:
-                    if process == me != entry.author:
+                    if process == self.stream.author != entry.author:
                         raise StartOver("This process was taken for dead")
-                    authors.pop(process, None)
+                    self.stream.authors.pop(process, None)
                     owners = self.everyone.items()
                     gone = [name for name, it in owners if it.process == process]
                     self.remove(gone, how)
                 case ["reset", str(reason)]:
                     self.remove([*self.everyone], "was let go: " + reason)
                     self.let_go(self.users.values(), 1000, reason)
-                case ["founds", *_] if order(entry.seen) >= order(self.founded):
+                case ["founds", *_] if ours:
                     raise StartOver("This process was taken for dead")
                 case ["lost"]:
                     raise StartOver("The stream has lost a part")
@@ -245,19 +238,22 @@ class ClusterRoom(chat.Room):
 
     async def enter(self, user: chat.User) -> None:
         """Log `user` in, or raise HTTPConflict; without Redis, HTTPServiceUnavailable."""
-        login = secrets.token_hex(8)
-        self.pending[login] = wish = Wish(user)
+        away = web.HTTPServiceUnavailable(text="The room cannot be reached just now")
+        if not await happens(self.ready, PATIENCE) or user.transport.is_closing():
+            raise away
+        login, draft = secrets.token_hex(8), self.draft
+        draft.logins[login] = user
         self.wake.set()
-        is_answered = await happens(wish.answered, PATIENCE)
-        del self.pending[login]
+        is_answered = await happens(draft.done, PATIENCE)
+        del draft.logins[login]
+        if self.users.get(user.name) is user:
+            return
         if not is_answered:
-            self.append("left", user.name, login, "did not wait")
-            away = "The room cannot be reached just now"
-            raise web.HTTPServiceUnavailable(text=away)
-        if self.users.get(user.name) is not user:
-            if not self.is_free_for(user):
-                raise web.HTTPConflict(text=f"User {user.name} already logged in")
-            await self.enter(user)  # who had the name has left meanwhile, or is leaving
+            raise away
+        if not self.is_free_for(user):
+            raise web.HTTPConflict(text=f"User {user.name} already logged in")
+        # Who had the name was leaving, or this process starts over.
+        await self.enter(user)
 
     def is_free_for(self, user: chat.User) -> bool:
         """Tell whether the name is nobody's, in no process, or the same user's."""
@@ -267,31 +263,21 @@ class ClusterRoom(chat.Room):
         # Listed, but of no user here, it is one who is leaving: a login comes after that.
         return owner.process == self.stream.author and user.name not in self.users
 
-    def wishes(self) -> list[Any]:
-        """Return the words of those who wait for a name and are to say so now."""
-        words = []
-        for login, wish in self.pending.items():
-            user = wish.user
-            if wish.said_in is not self.stream and not user.transport.is_closing():
-                wish.said_in = self.stream
-                words.append(("enter", user.name, login, hashed(user.key), user.turn))
-        return words
-
-    def wish(self, name: str, new: Owner) -> None:
-        """Give `name` to `new` if it is free, or the same user's; else refuse it."""
+    def give(self, name: str, new: Owner) -> None:
+        """Give `name` to `new` if it is free, or the same user's."""
         owner, is_here = self.everyone.get(name), new.process == self.stream.author
-        wish = self.pending.get(new.login) if is_here else None
-        if owner is None or owner.yields_to(new.key, new.turn):
-            self.everyone[name] = new
-            if name in self.users:
-                self.let_go([self.users[name]], 1000, "logged in again elsewhere")
-            if wish:
-                self.users[name] = wish.user
-                if owner:  # or to take one's name over would be a way to say more
-                    wish.user.credit = -chat.MAX_MESSAGE
-            self.changed(name, "came back" if owner else "logged in")
-        if wish:
-            wish.answered.set()
+        if owner and not owner.yields_to(new.key, new.turn):
+            return
+        self.everyone[name] = new
+        if name in self.users:
+            self.let_go([self.users[name]], 1000, "logged in again elsewhere")
+        if is_here and (user := self.under_way.logins.get(new.login)):
+            self.users[name] = user
+            if owner:  # or to take one's name over would be a way to say more
+                user.credit = -chat.MAX_MESSAGE
+        elif is_here:
+            self.append("left", name, new.login, "did not wait")
+        self.changed(name, "came back" if owner else "logged in")
 
     # 4. Who does not know the room reads on until somebody says what it is
     #
@@ -310,12 +296,14 @@ class ClusterRoom(chat.Room):
         self.tell_at = 0.0  # when the eldest is to say again what the room is
         self.ready.clear()
         self.draft.taken.set()
+        self.draft.done.set()
         self.draft = Draft([*words])
         self.know({}, {}, self.last, "")
 
     def know(self, authors: Any, everyone: Any, last: int, founded: str) -> None:
         """Have this room, or none if `founded` is ""; keep none of the messages before."""
-        self.knows, self.founded = founded != "", founded
+        self.knows = founded != ""
+        self.founded = founded  # the position of the entry that did so
         self.stream.authors = authors
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
         # What was read since it knew nothing; who says what the room is has read most of it
@@ -356,10 +344,13 @@ class ClusterRoom(chat.Room):
                         self.know(authors, everyone, last, founded or entry.position)
                         for each in behind:
                             await self.obey(each)
+                        me = self.stream.author
+                        if self.stream.number > 1 and me not in self.stream.authors:
+                            raise StartOver("This process was taken for dead")
 
     def start_over(self, error: StartOver) -> None:
         """Let all users go, who come back, and be another process."""
-        log.warning("%s: the users of this process have to come back", error)
+        chat.log.warning("%s: the users of this process have to come back", error)
         self.let_go(self.users.values(), 1012, str(error))
         old = self.stream
         # What is lost to all has all start over, with other numbers.
@@ -397,15 +388,6 @@ class Owner(NamedTuple):
     def yields_to(self, key: str, turn: int) -> bool:
         """Tell whether a login with this key is of the same user, and of no earlier turn."""
         return self.key == key != "" and self.turn <= turn
-
-
-@dataclass
-class Wish:
-    """A user who waits for its name."""
-
-    user: chat.User
-    said_in: Stream | None = None
-    answered: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 def hashed(key: str) -> str:
