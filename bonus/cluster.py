@@ -190,7 +190,7 @@ class ClusterRoom(chat.Room):
             raise Lost("Others have other messages")
         for text in entry.said:
             owner = self.everyone.get(text.partition(b":")[0].decode(errors="replace"))
-            if owner and owner.process == entry.author:  # else, it had lost the name
+            if owner and owner.process == entry.author:  # else it has lost the name
                 self.add(chat.frame(WSMsgType.TEXT, text))
         for word in entry.words:
             match word:
@@ -233,8 +233,8 @@ class ClusterRoom(chat.Room):
 
     # 3. A name is one login's, which loses it to the next one of the same user
     #
-    # All processes read at the same place of the stream who enters with the key. From there
-    # on, they hear nothing of what the old connection said, wherever it was.
+    # All processes read at the same place of the stream who enters with the key. Behind it,
+    # they hear nothing more of another process: so what it lacks, the page says again.
 
     async def enter(self, user: chat.User) -> None:
         """Log `user` in, or raise HTTPConflict; without Redis, HTTPServiceUnavailable."""
@@ -250,7 +250,7 @@ class ClusterRoom(chat.Room):
             return
         if not is_answered:
             raise away
-        if not self.is_free_for(user):
+        if user.name in self.users or not self.is_free_for(user):
             raise web.HTTPConflict(text=f"User {user.name} already logged in")
         # Who had the name was leaving, or this process starts over.
         await self.enter(user)
@@ -306,7 +306,7 @@ class ClusterRoom(chat.Room):
         self.founded = founded  # the position of the entry that did so
         self.stream.authors = authors
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
-        # What was read since it knew nothing; who says what the room is has read most of it
+        # What was read while it knew nothing; who then says what the room is, has read part
         self.passed = deque[Entry](maxlen=10_000)
         self.messages.clear()
         self.size, self.last, self.forgotten = 0, last, last
@@ -340,7 +340,7 @@ class ClusterRoom(chat.Room):
                 case ["room" | "founds", authors, everyone, int(last), str(founded)]:
                     at, passed = order(entry.seen), self.passed
                     behind = [each for each in passed if order(each.position) > at]
-                    if len(behind) < len(passed):  # or it may have missed some of them
+                    if len(behind) < len(passed):  # else, some of them may be missing
                         self.know(authors, everyone, last, founded or entry.position)
                         for each in behind:
                             await self.obey(each)

@@ -54,7 +54,7 @@ class Entry(NamedTuple):
     author: str
     number: int  # one more than that of its author's entry before
     seen: str  # the position of the entry that its author had read last
-    last: int | None  # what all who know have counted at `seen`, if its author knew
+    last: int | None  # a number that is the same for all at `seen`, if its author knew
     words: list[Any]
     said: list[bytes]  # texts
 
@@ -107,9 +107,9 @@ class Stream:
     async def append(self, words: list[Any], said: bytes, last: int | None) -> None:
         """Append an entry until it is read back, and obeyed.
 
-        `said` is texts, each with END. `last` is what was counted in all that was read, if
-        that is known. Redis may take an entry though its answer is lost, or lose it though
-        it has answered. Who reads it twice knows that by its number.
+        `said` is texts, each with END. `last` is a number that is the same for all who have
+        read as much, or None if it is not known. Redis may take an entry though its answer
+        is lost, or lose it though it has answered. Who reads it twice sees its number.
         """
         self.number += 1
         self.read_back.clear()
