@@ -62,8 +62,7 @@ class ClusterRoom(chat.Room):
         self.redis = connect(url)
         self.name, self.keep, self.alive = name, keep, alive
         self.wake = asyncio.Event()  # set when there is something to append
-        # Set while it knows the room, and has read all that was there when it started
-        self.ready = asyncio.Event()
+        self.ready = asyncio.Event()  # set while it knows the room, and is in it
         self.draft = self.under_way = Draft()
         self.be_born()
 
@@ -119,6 +118,7 @@ class ClusterRoom(chat.Room):
             return
         how = "was let go: " + reason
         await happens(self.append("gone", self.stream.author, how), 2)
+        self.ready.clear()  # nobody enters any more
         users = [user for user in self.users.values() if user.prepared]
         self.let_go(self.users.values(), code, reason)
         await asyncio.gather(*(user.closing for user in users))
@@ -139,7 +139,7 @@ class ClusterRoom(chat.Room):
         """
         while True:
             await self.wake.wait()
-            await self.stream.all_read.wait()
+            await self.stream.all_read.wait()  # else it asks what is there to read
             self.wake.clear()
             self.under_way = draft = self.draft
             self.draft = Draft()
@@ -169,10 +169,10 @@ class ClusterRoom(chat.Room):
         while True:
             try:
                 entry = await self.stream.next()
-                if self.knows and self.stream.all_read.is_set():
-                    self.ready.set()
                 await self.obey(entry)
                 self.stream.obeyed(entry)
+                if self.knows and self.stream.author in self.stream.authors:
+                    self.ready.set()
             except StartOver as error:
                 if self.stream.all_read.is_set():
                     self.start_over(error)
@@ -185,7 +185,7 @@ class ClusterRoom(chat.Room):
             return await self.learn(entry)
         if not await self.stream.is_next(entry):
             return
-        ours = order(entry.seen) >= order(self.founded)  # else it is of an earlier room
+        ours = order(entry.seen) >= order(self.founded)  # else, of an earlier room
         if ours and entry.seen == entry.before and entry.last not in (None, self.last):
             raise Lost("Others have other messages")
         for text in entry.said:
@@ -252,8 +252,7 @@ class ClusterRoom(chat.Room):
             raise away
         if user.name in self.users or not self.is_free_for(user):
             raise web.HTTPConflict(text=f"User {user.name} already logged in")
-        # Who had the name was leaving, or this process starts over.
-        await self.enter(user)
+        await self.enter(user)  # who had the name was leaving, or all has started over
 
     def is_free_for(self, user: chat.User) -> bool:
         """Tell whether the name is nobody's, in no process, or the same user's."""
@@ -299,6 +298,7 @@ class ClusterRoom(chat.Room):
         self.draft.done.set()
         self.draft = Draft([*words])
         self.know({}, {}, self.last, "")
+        self.wake.set()  # to ask what the room is, or to be in it
 
     def know(self, authors: Any, everyone: Any, last: int, founded: str) -> None:
         """Have this room, or none if `founded` is ""; keep none of the messages before."""
@@ -311,7 +311,6 @@ class ClusterRoom(chat.Room):
         self.messages.clear()
         self.size, self.last, self.forgotten = 0, last, last
         self.flush()
-        self.wake.set()  # to ask what it is, or to log in who waits for that
 
     def state(self) -> list[Any]:
         """Return the word that says what the room is, if it is on this process to say it."""
