@@ -233,8 +233,9 @@ class ClusterRoom(chat.Room):
 
     # 3. A name is one login's, which loses it to the next one of the same user
     #
-    # All processes read at the same place of the stream who enters with the key. Behind it,
-    # they hear nothing more of another process: so what it lacks, the page says again.
+    # All processes read at the same place of the stream who enters with the key. What the
+    # process of the old connection appends behind that place under this name, nobody hears:
+    # so the page does not hear it back, and says it again.
 
     async def enter(self, user: chat.User) -> None:
         """Log `user` in, or raise HTTPConflict; without Redis, HTTPServiceUnavailable."""
@@ -306,7 +307,7 @@ class ClusterRoom(chat.Room):
         self.founded = founded  # the position of the entry that did so
         self.stream.authors = authors
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
-        # What was read while it knew nothing; who then says what the room is, has read part
+        # What it reads while it knows nothing; who tells it the room, lacks the last of it
         self.passed = deque[Entry](maxlen=10_000)
         self.messages.clear()
         self.size, self.last, self.forgotten = 0, last, last
