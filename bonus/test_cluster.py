@@ -657,6 +657,30 @@ async def test_who_has_the_key_takes_over_after_all_that_was_said(server, to):
             )
 
 
+async def test_what_the_old_process_appends_later_counts_only_if_said_again(server):
+    async with relayed(server) as relay:
+        here, there = await start(server, 1, url=relay.url) + await start(server, 1)
+        old, jill = (
+            await Peer.login(here.port, "Jack", key="k.1"),
+            *await come(there.port, "Jill"),
+        )
+        await listed([here, there], "Jack", "Jill")
+        relay.hold(relay.asks, relay.answers)
+        old.say("late")
+        new = await Peer.login(there.port, "Jack", key="k.2", after=-50)
+        await new.where()
+        new.say("late")
+        assert await jill.hear() == ["Jack: late"]
+        relay.release()
+        assert await old.closed() == (1000, "logged in again elsewhere")
+        await until(lambda: len([*filter(None, server.said())]) == 2)
+        for process in here, there:
+            (peer,) = await come(process.port, f"after {process.port}")
+            peer.say("end")
+            assert await jill.hear() == [f"after {process.port}: end"]
+        assert "start" not in here.log() + there.log()
+
+
 async def test_of_many_who_take_a_name_over_at_once_the_latest_turn_stays(server):
     processes = await start(server, 3)
     await Peer.login(processes[0].port, "Jack", key="k.1")
