@@ -80,7 +80,7 @@ class User(web.WebSocketResponse):
         self.catching_up: asyncio.Task[None] | None = None  # while it is behind
         # What chapter 5 needs:
         self.key, self.turn = "", 0  # whose it is, and which of their connections
-        self.after: int | None = None  # what it had heard when it came; None: it is new
+        self.after: int | None = None  # what it heard last; None: it does not count
         self.answer_at = 0  # the place where its question is answered; 0: it has none
         # Else the kernel holds megabytes, behind which the server's ping waits for too long.
         with suppress(AttributeError, OSError):  # Windows has no such option
