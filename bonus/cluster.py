@@ -226,6 +226,11 @@ class ClusterRoom(chat.Room):
             del self.everyone[name]
             self.changed(name, how)
 
+    async def flush_soon(self) -> None:
+        """Flush at once: an entry is a batch already, and to wait again would only cost."""
+        self.flushing = None
+        self.flush()
+
     def changed(self, name: str, how: str) -> None:
         """Log who came or went, and tell everyone here; not what is long past."""
         if self.ready.is_set():
