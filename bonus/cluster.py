@@ -33,11 +33,12 @@ from aiohttp import WSMsgType, web
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from stream import END, Entry, Lost, StartOver, Stream, connect, happens, order
+from stream import END, Entry, Lost, Missed, StartOver, Stream, connect, happens, order
 
 import chat
 
 PATIENCE = 6  # seconds that a login waits for Redis
+MAX_WAITING = 1000  # logins; more would fill the memory while Redis is away
 
 
 @dataclass
@@ -124,13 +125,19 @@ class ClusterRoom(chat.Room):
         await asyncio.gather(*(user.closing for user in users))
 
     def let_go(self, users: Iterable[chat.User], code: int, reason: str) -> None:
-        """Close the connections of `users`, who say nothing more from now on."""
+        """Close the connections of `users`, of whom nothing more is heard from now on."""
         self.flush()
+        names = set[bytes]()
         for user in list(users):
+            names.add(user.name.encode())
             del self.users[user.name]
             if user.prepared:
                 closing = user.close(code=code, message=reason.encode())
                 user.closing = asyncio.create_task(closing)
+        # What is not appended, their pages say again, and perhaps under that name right here.
+        texts = bytes(self.draft.said).split(END)
+        kept = [text for text in texts if text.partition(b":")[0] not in names]
+        self.draft.said[:] = END.join(kept)
 
     async def write(self) -> None:
         """Append one entry after another, each of all that happened during the one before.
@@ -169,7 +176,7 @@ class ClusterRoom(chat.Room):
         while True:
             try:
                 entry = await self.stream.next()
-                await self.obey(entry)
+                await (self.obey if self.knows else self.learn)(entry)
                 self.stream.obeyed(entry)
                 if self.knows and self.stream.author in self.stream.authors:
                     self.ready.set()
@@ -177,14 +184,13 @@ class ClusterRoom(chat.Room):
                 if self.stream.all_read.is_set():
                     self.start_over(error)
                 else:  # there was a hole before it started: it learns the room behind that
-                    self.know({}, {}, self.last, "")
+                    self.forget()
 
     async def obey(self, entry: Entry) -> None:
         """Do what `entry` says, its messages first; raise StartOver if that cannot be."""
-        if not self.knows:
-            return await self.learn(entry)
         if not await self.stream.is_next(entry):
             return
+        authors = self.stream.authors
         ours = order(entry.seen) >= order(self.founded)  # else, of an earlier room
         if ours and entry.seen == entry.before and entry.last not in (None, self.last):
             raise Lost("Others have other messages")
@@ -195,7 +201,8 @@ class ClusterRoom(chat.Room):
         for word in entry.words:
             match word:
                 case ["enter", str(name), str(login), str(key), int(turn)]:
-                    self.give(name, Owner(login, entry.author, key, turn))
+                    if entry.author in authors:  # it may have gone in the same entry
+                        self.give(name, Owner(login, entry.author, key, turn))
                 case ["left", str(name), str(login), str(how)]:
                     if (owner := self.everyone.get(name)) and owner.login == login:
                         self.remove([name], how)
@@ -205,7 +212,7 @@ class ClusterRoom(chat.Room):
                 case ["gone", str(process), str(how)]:
                     if process == self.stream.author != entry.author:
                         raise StartOver("This process was taken for dead")
-                    self.stream.authors.pop(process, None)
+                    authors.pop(process, None)
                     owners = self.everyone.items()
                     gone = [name for name, it in owners if it.process == process]
                     self.remove(gone, how)
@@ -215,7 +222,7 @@ class ClusterRoom(chat.Room):
                 case ["founds", *_] if ours:
                     raise StartOver("This process was taken for dead")
                 case ["lost"]:
-                    raise StartOver("The stream has lost a part")
+                    raise Missed("The stream has lost a part")
         if entry.last is None:  # its author asks what the room is, which is known
             self.tell_at = 0.0
             self.wake.set()
@@ -248,6 +255,8 @@ class ClusterRoom(chat.Room):
         if not await happens(self.ready, PATIENCE) or user.transport.is_closing():
             raise away
         login, draft = secrets.token_hex(8), self.draft
+        if len(draft.logins) >= MAX_WAITING:
+            raise away
         draft.logins[login] = user
         self.wake.set()
         is_answered = await happens(draft.done, PATIENCE)
@@ -303,17 +312,21 @@ class ClusterRoom(chat.Room):
         self.draft.taken.set()
         self.draft.done.set()
         self.draft = Draft([*words])
-        self.know({}, {}, self.last, "")
+        self.forget()
         self.wake.set()  # to ask what the room is, or to be in it
 
-    def know(self, authors: Any, everyone: Any, last: int, founded: str) -> None:
-        """Have this room, or none if `founded` is ""; keep none of the messages before."""
-        self.knows = founded != ""
+    def forget(self) -> None:
+        """Know no room."""
+        self.knows = False
+        # What it reads meanwhile; who tells it the room, lacks the last of it
+        self.passed = deque[Entry](maxlen=1000)
+        self.have({}, {}, self.last, "")
+
+    def have(self, authors: Any, everyone: Any, last: int, founded: str) -> None:
+        """Have this room, with none of the messages before."""
         self.founded = founded  # the position of the entry that did so
         self.stream.authors = authors
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
-        # What it reads while it knows nothing; who tells it the room, lacks the last of it
-        self.passed = deque[Entry](maxlen=10_000)
         self.messages.clear()
         self.size, self.last, self.forgotten = 0, last, last
         self.flush()
@@ -337,6 +350,7 @@ class ClusterRoom(chat.Room):
         self.stream.authors[entry.author] = entry.number, entry.position
         if entry.last is not None:
             self.silence = 0  # there is somebody who is going to answer
+            self.last = max(self.last, entry.last)  # the clock may have been set back
         for word in entry.words:
             match word:
                 case ["alive"] if entry.author == self.stream.author:
@@ -346,16 +360,23 @@ class ClusterRoom(chat.Room):
                     at, passed = order(entry.seen), self.passed
                     behind = [each for each in passed if order(each.position) > at]
                     if len(behind) < len(passed):  # else, some of them may be missing
-                        self.know(authors, everyone, last, founded or entry.position)
+                        self.have(authors, everyone, last, founded or entry.position)
                         for each in behind:
                             await self.obey(each)
                         me = self.stream.author
                         if self.stream.number > 1 and me not in self.stream.authors:
                             raise StartOver("This process was taken for dead")
+                        self.knows = True
+                        passed.clear()
 
     def start_over(self, error: StartOver) -> None:
         """Let all users go, who come back, and be another process."""
         chat.log.warning("%s: the users of this process have to come back", error)
+        if isinstance(error, Missed):
+            for user in self.users.values():
+                if user.place:  # Its count may be wrong: it is to see a hole.
+                    user.place = self.last + 2**40
+                    user.transport.write(user.here())
         self.let_go(self.users.values(), 1012, str(error))
         old = self.stream
         # What is lost to all has all start over, with other numbers.

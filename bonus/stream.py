@@ -42,7 +42,11 @@ class StartOver(Exception):
     """This process does not know what others know; says why."""
 
 
-class Lost(StartOver):
+class Missed(StartOver):
+    """This process has not read all that others have, and may have counted wrong."""
+
+
+class Lost(Missed):
     """The stream has lost what this process has read, and others have not."""
 
 
@@ -148,7 +152,7 @@ class Stream:
         number, position = self.authors.get(entry.author, (0, ""))
         # What its author had read is before it, unless the stream has fallen back since.
         if order(entry.before) < order(entry.seen) or 0 < number < entry.number - 1:
-            raise StartOver("A part of the stream is missing")
+            raise Missed("A part of the stream is missing")
         is_second = 0 < number == entry.number
         xrange = self.redis.xrange
         if is_second and not await self.ask(xrange, self.name, position, position):

@@ -14,6 +14,7 @@ The storm can be longer: SEED=7 FAULTS=60 pytest bonus/test_cluster.py -k storm 
 
 import asyncio
 import itertools
+import json
 import os
 import random
 import re
@@ -681,6 +682,36 @@ async def test_what_the_old_process_appends_later_counts_only_if_said_again(serv
         assert "start" not in here.log() + there.log()
 
 
+async def test_a_name_that_comes_back_brings_no_old_text_with_it(server):
+    async with relayed(server) as relay:
+        (here,) = await start(server, 1, url=relay.url, alive=1)
+        (there,) = await start(server, 1, alive=1)
+        one = await Peer.login(here.port, "Jack", key="k.1")
+        (jill,) = await come(there.port, "Jill")
+        await listed([here, there], "Jack", "Jill")
+
+        def words():
+            stream = server.redis.xrange(STREAM)
+            return b"".join(fields[b"words"] for _, fields in stream)
+
+        signs = words().count(b"alive")
+        await until(lambda: words().count(b"alive") >= signs + 2)  # one of each
+        await one.where()
+        relay.hold(
+            relay.answers
+        )  # what is asked arrives, and what is answered does not
+        two = await Peer.login(there.port, "Jack", key="k.2")
+        two.say("x")  # again, since it was lost
+        assert await jill.hear() == ["Jack: x"]
+        login = asyncio.create_task(Peer.login(here.port, "Jack", key="k.3"))
+        await until(lambda: words().count(b'"enter", "Jack"') == 3)
+        one.say("x")  # it was only late
+        await one.ping()
+        relay.release()
+        (await login).say("end")
+        assert await jill.hear() == ["Jack: end"]
+
+
 async def test_of_many_who_take_a_name_over_at_once_the_latest_turn_stays(server):
     processes = await start(server, 3)
     await Peer.login(processes[0].port, "Jack", key="k.1")
@@ -870,6 +901,77 @@ async def test_after_8_seconds_the_dead_are_gone_and_the_paused_start_over(serve
     heard = [sorted(await peer.hear(2)) for peer in (jill, jack, new_jim, jane)]
     assert heard == [["Jane: hello", "Jim: hello"]] * 4
     assert "This process was taken for dead" in paused.log()
+
+
+async def test_a_login_that_waits_while_its_process_stops_takes_no_name(server):
+    here, there = await start(server, 2)
+    server.stop()
+    await asyncio.sleep(1)  # signs of life are under way, what follows is in one entry
+    jack = await Peer.connect(here.port)
+    jack.request("GET /ws?user=Jack", UPGRADE)
+    await Peer.ask(here.port, "GET /")  # so it was read
+    here.signal(signal.SIGTERM)
+    await asyncio.sleep(0.5)
+    server.go_on()
+    async with asyncio.timeout(10):
+        assert await here.child.wait() == 0
+    entered = [f for _, f in server.redis.xrange(STREAM) if b"Jack" in f[b"words"]]
+    assert b"gone" in entered[0][b"words"], "this tries nothing"
+    assert await users(there.port) == await users((await Process.start(server)).port)
+    assert await users(there.port) == [""]
+
+
+async def test_who_replays_what_it_has_read_says_nothing_from_the_middle_of_it(server):
+    starting = asyncio.create_task(Process.start(server, alive=1))
+    await until(lambda: server.redis.xlen(STREAM) >= 2)  # it asked, and gave a sign
+    position, fields = server.redis.xrange(STREAM)[0]
+    position, author = position.decode(), fields[b"author"].decode()
+    entry = {"author": "x", "number": 1, "seen": position, "words": "", "said": ""}
+    owners = {"Jack": ["login", "x", "", 0]}
+    room = ["room", {author: [1, position]}, owners, 1_000_000, "0-1"]
+    with server.redis.pipeline() as pipe:
+        pipe.xadd(STREAM, entry)  # which asks,
+        pipe.xadd(STREAM, entry)  # and again, as if the answer had been lost
+        entry |= {"last": 1_000_000}
+        pipe.xadd(STREAM, entry | {"number": 2, "said": b"Jack: hello\xff"})
+        pipe.xadd(STREAM, entry | {"number": 3, "words": json.dumps([room])})
+        pipe.execute()
+    process, length = await starting, server.redis.xlen(STREAM)
+    await until(lambda: server.redis.xlen(STREAM) >= length + 2)
+    assert "have" not in process.log(), "it has started over"
+
+
+async def test_a_page_of_who_missed_something_hears_nothing_twice_elsewhere(server):
+    async with relayed(server) as relay:
+        (slow,) = await start(server, 1, url=relay.url, alive=2)
+        author, late = await start(server, 2, alive=2)
+        at = {0: author, 1: slow, 2: late}
+        pages = [Page(f"user{i}", at.__getitem__, i) for i in range(3)]
+        async with coming(pages) as (jack, jill, john):
+            late.stop()
+            jack.say()  # in the answer that Redis owes to who is late
+            await until(lambda: jack.heard == jill.heard == ["user0: 0"])
+            relay.hold(relay.asks, relay.answers)
+            jill.say()
+            await asyncio.sleep(0.1)
+            jack.say()
+            await until(lambda: jack.heard[1:] == ["user0: 1"])
+            stream = server.redis.xrange(STREAM)
+            (lost,) = [at for at, f in stream if b"user0: 1" in f[b"said"]]
+            server.redis.xdel(
+                STREAM, *[position for position, _ in stream if position >= lost]
+            )
+            at[2] = author  # where the page of who is late goes then
+            relay.release()
+            await until(lambda: any(b"user1: 0" in said for said in server.said()))
+            late.go_on()
+            await until(lambda: "user1: 0" in john.heard)
+            jack.say()
+            await until(lambda: john.holes or "user0: 2" in john.heard, 15)
+            assert john.holes or john.heard == jack.heard
+            await until(lambda: john.peer and jack.peer and john.number == jack.number)
+            john.say()
+            await until(lambda: john.heard[-1] == jack.heard[-1] == "user2: 0")
 
 
 async def test_what_a_process_that_is_cut_off_appends_late_is_never_heard(server):
