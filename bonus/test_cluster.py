@@ -684,27 +684,26 @@ async def test_what_the_old_process_appends_later_counts_only_if_said_again(serv
 
 async def test_a_name_that_comes_back_brings_no_old_text_with_it(server):
     async with relayed(server) as relay:
-        (here,) = await start(server, 1, url=relay.url, alive=1)
         (there,) = await start(server, 1, alive=1)
+        (here,) = await start(server, 1, url=relay.url, alive=4)
         one = await Peer.login(here.port, "Jack", key="k.1")
         (jill,) = await come(there.port, "Jill")
         await listed([here, there], "Jack", "Jill")
 
-        def words():
-            stream = server.redis.xrange(STREAM)
-            return b"".join(fields[b"words"] for _, fields in stream)
+        def those_with(word):
+            stream = [fields for _, fields in server.redis.xrange(STREAM)]
+            return [it[b"author"] for it in stream if b'"%b"' % word in it[b"words"]]
 
-        signs = words().count(b"alive")
-        await until(lambda: words().count(b"alive") >= signs + 2)  # one of each
-        await one.where()
-        relay.hold(
-            relay.answers
-        )  # what is asked arrives, and what is answered does not
+        (author,) = those_with(b'enter", "Jack')
+        signs = those_with(b"alive").count(author)
+        await until(lambda: those_with(b"alive").count(author) > signs)
+        await one.where()  # for 4 seconds, it has nothing under way
+        relay.hold(relay.answers)  # what it asks arrives, and what is answered does not
         two = await Peer.login(there.port, "Jack", key="k.2")
         two.say("x")  # again, since it was lost
         assert await jill.hear() == ["Jack: x"]
         login = asyncio.create_task(Peer.login(here.port, "Jack", key="k.3"))
-        await until(lambda: words().count(b'"enter", "Jack"') == 3)
+        await until(lambda: len(those_with(b'enter", "Jack')) == 3)
         one.say("x")  # it was only late
         await one.ping()
         relay.release()
