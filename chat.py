@@ -92,7 +92,7 @@ class User(web.WebSocketResponse):
         await self.pay(0)  # the debt that replace() took over from an older connection
         async for kind, data, _ in self:
             if kind is WSMsgType.ERROR:
-                return  # a broken frame: aiohttp has closed the connection
+                return  # a broken frame, or no pong: aiohttp has closed the connection
             price = 4 * KIB  # since a pong, or an answer, is a write of its own
             if kind is WSMsgType.TEXT:
                 data, price = data.encode(), 64  # so that empty ones are not free
@@ -322,7 +322,7 @@ class Room:
     #    sent, and the user decides.
 
     def is_free_for(self, user: User) -> bool:
-        """Tell whether nobody has the name, or the same user on no later connection.
+        """Tell whether nobody has the name, or the same user has, on no later connection.
 
         So a login that was held up in the network does not throw out the one after it.
         """

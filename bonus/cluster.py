@@ -324,7 +324,7 @@ class ClusterRoom(chat.Room):
 
     def have(self, authors: Any, everyone: Any, last: int, founded: str) -> None:
         """Have this room, with none of the messages before."""
-        self.founded = founded  # the position of the entry that did so
+        self.founded = founded  # the position of the entry that founded it
         self.stream.authors = authors
         self.everyone: dict[str, Owner] = {n: Owner(*it) for n, it in everyone.items()}
         self.messages.clear()
@@ -374,7 +374,8 @@ class ClusterRoom(chat.Room):
         chat.log.warning("%s: the users of this process have to come back", error)
         if isinstance(error, Missed):
             for user in self.users.values():
-                if user.place:  # Its count may be wrong: it is to see a hole.
+                if user.place and not user.transport.is_closing():
+                    # Its count may be wrong: it is to see a hole.
                     user.place = self.last + 2**40
                     user.transport.write(user.here())
         self.let_go(self.users.values(), 1012, str(error))

@@ -121,7 +121,7 @@ class Files:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 if not full or self.total < least or not self.stored:
                     raise
-                self.make_room(self.max_total - self.total + len(chunk), owner)
+                self.make_room(self.max_total - self.total + 1, owner)  # one file goes
 
     def give_up(self, path: Path) -> None:
         """Delete what came."""

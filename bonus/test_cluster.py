@@ -920,6 +920,40 @@ async def test_a_login_that_waits_while_its_process_stops_takes_no_name(server):
     assert await users(there.port) == [""]
 
 
+async def test_numbers_are_higher_than_any_in_the_stream_though_the_clock_is_back(
+    server,
+):
+    ahead = time.time_ns() // 1000 + 10**12  # by eleven days
+    entry = {"author": "x", "number": 7, "seen": "0-1", "words": "", "said": ""}
+    server.redis.xadd(STREAM, entry | {"last": ahead})
+    process = await Process.start(server)
+    assert await (await Peer.login(process.port, "Jack", after=0)).here() > ahead
+
+
+async def test_a_thousand_logins_wait_for_redis_and_the_next_is_refused_at_once(server):
+    from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+
+    setrlimit(RLIMIT_NOFILE, (getrlimit(RLIMIT_NOFILE)[1],) * 2)  # the usual is 1,024
+    process = await Process.start(server)
+    server.stop()
+    await asyncio.sleep(
+        1
+    )  # a sign of life is under way, and the logins are for the next
+    peers = [await Peer.connect(process.port) for _ in range(1001)]
+    for i, peer in enumerate(peers):
+        peer.request(f"GET /ws?user=user{i}", UPGRADE)
+
+    async def status(peer):
+        with suppress(EOFError, ConnectionError):
+            return (await peer.reader.readuntil()).split()[1]
+
+    answers = [asyncio.create_task(status(peer)) for peer in peers]
+    done, _ = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+    assert [answer.result() for answer in done] == [b"503"]
+    server.go_on()
+    assert (await asyncio.gather(*answers)).count(b"101") == 1000
+
+
 async def test_who_replays_what_it_has_read_says_nothing_from_the_middle_of_it(server):
     starting = asyncio.create_task(Process.start(server, alive=1))
     await until(lambda: server.redis.xlen(STREAM) >= 2)  # it asked, and gave a sign
