@@ -1,11 +1,11 @@
 """The smallest real chat: one room over WebSockets (RFC 6455), at http://localhost:8080.
 
-Each message gets a number and is kept for a while, and each user has a place: the number of
-the last message that was written to its connection. Who reads slowly goes on from there; who
-has lost the connection and comes back, from the last message that it heard.
+Each message has a number, and the last ones are kept. Each user has a place: the number of the
+last message that was written to its connection. A user who reads slowly goes on from its place;
+a user who lost the connection and comes back, from the last message that it heard.
 
-Read from the top. Chapters 1 to 3 are the chat. The next two answer what goes wrong in a simple
-one: somebody reads slowly, or loses the connection and comes back. 6 and 7 can wait: who may
+Read from the top. Chapters 1 to 3 are the chat. Chapters 4 and 5 answer what goes wrong in a
+simple one: a user reads slowly, or loses the connection. Chapters 6 and 7 can wait: who may
 come in, and how it is served. There are no passwords, and nothing is stored on a disk.
 """
 
@@ -34,32 +34,32 @@ log = logging.getLogger("chat")
 async def websocket(request: web.Request) -> web.WebSocketResponse:
     """Log a user in, pass on what is said, log the user off: a task for each connection."""
     room = request.app[ROOM]
-    user = admit(request)  # or raise a refusal, which ends it here
-    await room.enter(user)  # without a pause: nobody took the name since admit()
+    user = admit(request)  # raises an HTTP error for those who may not come in
+    await room.enter(user)  # does not pause, so nobody has taken the name since admit()
     try:
         await user.prepare(request)  # answers the handshake: now it is a WebSocket
         room.begin(user)
         async for kind, payload in user.read():
             if kind is WSMsgType.TEXT:
                 await room.say(user, payload)
-            else:  # a binary frame asks: have I heard everything?
+            else:  # a binary frame is a question: have I heard everything?
                 room.answer(user)
     finally:
         room.leave(user)
-        # aiohttp closes it now. But asyncio waits until the peer has taken what was written.
+        # aiohttp closes the connection now, but a peer that takes nothing keeps it open.
         asyncio.get_running_loop().call_later(2, cut_off, user.transport)
     return user
 
 
 # 2. A user, who may not talk too much
 #
-# Everyone hears all that is said, so whoever floods the room floods everyone's line. What a
-# user says has to be paid for before more is read. So aiohttp's buffer fills, then the
-# kernel's, and TCP slows the sender down: nothing is dropped, and nobody else waits.
+# Everyone hears all that is said, so a user who floods the room floods everyone's line. What a
+# user says has to be paid for before more is read from its connection. So aiohttp's buffer
+# fills, then the kernel's, and TCP slows the user down: nothing is dropped, nobody else waits.
 
 MAX_MESSAGE = 16 * KIB  # bytes of UTF-8
-BURST = 128 * KIB  # bytes that a user may say at once
-RATE = 32 * KIB  # bytes that a user may say in each second after that
+BURST = 128 * KIB  # bytes that a user may say at once, ...
+RATE = 32 * KIB  # ... and bytes a second after that
 
 
 class User(web.WebSocketResponse):
@@ -71,31 +71,31 @@ class User(web.WebSocketResponse):
             timeout=2,  # seconds that a peer has to answer a close frame
             autoping=False,  # read() answers pings, which have a price
             compress=False,  # the same message is the same bytes for everyone
-            max_msg_size=MAX_MESSAGE + 1,  # a message of that size is refused: 1009
+            max_msg_size=MAX_MESSAGE + 1,  # aiohttp refuses what has this size: 1009
         )
         self.name, self.transport = name, transport
         self.credit, self.paid_at = float(BURST), time.monotonic()  # in bytes, seconds
         self.place = 0  # the number of the last message written to it; 0 before begin()
-        self.to_notify = False  # that the list of users has changed
-        self.catching_up: asyncio.Task[None] | None = None  # while it is behind
-        # What chapter 5 needs:
-        self.key, self.turn = "", 0  # whose it is, and which of their connections
-        self.after: int | None = None  # what it heard last; None: it does not count
-        self.answer_at = 0  # the place where its question is answered; 0: it has none
-        # Else the kernel holds megabytes, behind which the server's ping waits for too long.
+        self.has_old_list = False  # the list of users has changed, and it was not told
+        self.catching_up: asyncio.Task[None] | None = None  # chapter 4
+        # The rest is for chapter 5.
+        self.key, self.turn = "", 0  # a secret of the user, and a count of connections
+        self.after: int | None = None  # what it heard last; None: it keeps no count
+        self.answer_at = 0  # the place at which to answer its question; 0: it has none
+        # Without this, megabytes wait in the kernel, and the server's pings behind them.
         with suppress(AttributeError, OSError):  # Windows has no such option
-            kernel = transport.get_extra_info("socket")
-            kernel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16 * KIB)
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16 * KIB)
 
     async def read(self) -> AsyncIterator[tuple[WSMsgType, bytes]]:
         """Yield the kind and the bytes of each text and binary message; answer pings."""
-        await self.pay(0)  # the debt that replace() took over from an older connection
+        await self.pay(0)  # replace() may have taken over an older connection's debt
         async for kind, data, _ in self:
             if kind is WSMsgType.ERROR:
                 return  # a broken frame, or no pong: aiohttp has closed the connection
-            price = 4 * KIB  # since a pong, or an answer, is a write of its own
+            price = 4 * KIB  # since a question or a ping causes a write of its own
             if kind is WSMsgType.TEXT:
-                data, price = data.encode(), 64  # so that empty ones are not free
+                data, price = data.encode(), 64  # since an empty text is work, too
             elif kind is WSMsgType.PING and self.is_ready():
                 self.transport.write(frame(WSMsgType.PONG, data))
             if kind in (WSMsgType.TEXT, WSMsgType.BINARY):
@@ -111,10 +111,10 @@ class User(web.WebSocketResponse):
             await asyncio.sleep(-self.credit / RATE)
 
     def replace(self, old: "User") -> None:
-        """Close the older connection of the same user, and take its bucket over as it is."""
+        """Close `old`, the same user's connection, and take its token bucket over as it is."""
         self.credit, self.paid_at = old.credit, old.paid_at
         closing = old.close(code=1000, message=b"logged in again elsewhere")
-        self.closing = asyncio.create_task(closing)  # asyncio keeps no task alive
+        self.closing = asyncio.create_task(closing)  # asyncio does not keep it alive
 
     def is_ready(self) -> bool:
         """Tell whether this is open, and the kernel has taken all that was written."""
@@ -128,14 +128,14 @@ class User(web.WebSocketResponse):
 
 def cut_off(transport: asyncio.Transport) -> None:
     """End a connection now, and drop what the peer has not taken."""
-    with suppress(AttributeError):  # asyncio raises it if it has ended already
+    with suppress(AttributeError):  # asyncio raises this if the connection has ended
         transport.abort()
 
 
 # 3. The room: who is here, and what was said
 
-# A batch is written as soon as it has more bytes than this; so it has a message more at most,
-# and less than 64 KiB. While a transport holds those, aiohttp's close() may wait for ever.
+# Bytes. A batch that has more is written at once; it has one message more, and so less than
+# 64 KiB. With more in a transport, asyncio pauses its writer, and aiohttp's close() may hang.
 MAX_BATCH = 44 * KIB
 MAX_WAIT = 0.02  # seconds that a batch waits for more
 MAX_KEPT = 4 * MIB  # bytes of messages that are kept
@@ -144,8 +144,8 @@ MAX_KEPT = 4 * MIB  # bytes of messages that are kept
 def frame(kind: WSMsgType, payload: bytes) -> bytes:
     """Return a frame of under 64 KiB as a server sends it (RFC 6455, section 5.2).
 
-    It is neither masked nor compressed, so the same bytes do for everyone. aiohttp would make
-    them for each user.
+    It is neither masked nor compressed, so it is the same for everyone, and made once. aiohttp
+    would make it for each user.
     """
     size = len(payload)
     length = [size] if size < 126 else [126, *size.to_bytes(2, "big")]
@@ -164,7 +164,7 @@ class Room:
         self.size = 0  # bytes in them, and 64 more for each, since Python adds some
         # The clock gives the first number: after a restart, no number comes again.
         self.last = time.time_ns() // 1000  # the number of the last message
-        # Which it is of: ... forgotten | kept, written ... flushed | kept, in batch ... last
+        # Messages up to `forgotten` are not kept any more; after `flushed`, not written yet.
         self.forgotten = self.flushed = self.last
         self.batch = bytearray()
         self.flushing: asyncio.Task[None] | None = None  # None: not waiting for more
@@ -228,9 +228,9 @@ class Room:
         self.batch, self.flushed = bytearray(), self.last
         for user in self.users.values():
             if user.place == start and user.is_ready() and not user.answer_at:
-                user.transport.write(NOTICE + batch if user.to_notify else batch)
-                user.place, user.to_notify = self.last, False
-            elif user.place:  # else its handshake is not done
+                user.transport.write(NOTICE + batch if user.has_old_list else batch)
+                user.place, user.has_old_list = self.last, False
+            elif user.place:  # it is behind, or has a question; 0: begin() comes later
                 self.catch_up(user)
 
     def changed(self, name: str, how: str) -> None:
@@ -244,7 +244,7 @@ class Room:
         await asyncio.sleep(max(0.1, len(self.users) / 1000))  # rarer in a large room
         self.announcing = None
         for user in self.users.values():
-            user.to_notify = True
+            user.has_old_list = True
         self.flush()
 
     async def close(self, code: int, reason: str) -> None:
@@ -257,10 +257,10 @@ class Room:
 
     # 4. Who reads slowly
     #
-    # To wait until somebody has read would hold everyone up, and not to wait fills the
-    # memory: asyncio's transport holds what the kernel does not take. So nothing is written
-    # to a transport that holds something. Its user stays behind, with no more than its
-    # place: the messages are kept in the room, once for all.
+    # If the room waited until a slow user has read, all would wait. If it did not wait, the
+    # memory would fill, since asyncio's transport holds what the kernel does not take. So
+    # nothing is written to a transport that holds something. Its user falls behind, and costs
+    # no more than its place: the messages are kept in the room, once for all.
 
     def catch_up(self, user: User) -> None:
         """Start a task that writes what `user` lacks, unless one runs."""
@@ -272,30 +272,29 @@ class Room:
         try:
             while self.users.get(user.name) is user:
                 if user.place < self.forgotten and user.after is None:
-                    # It does not count, so it would not see the hole.
+                    # It keeps no count, so it would not notice what it has missed.
                     self.leave(user, "was let go: too far behind")
                     cut_off(user.transport)
-                elif not user.is_ready():  # only aiohttp is told when it is: look again
+                elif not user.is_ready():  # asyncio tells only aiohttp when it is: poll
                     await asyncio.sleep(max(0.01, len(self.users) / 10_000))
                 elif piece := self.next_piece(user):
                     user.transport.write(piece)
                     await asyncio.sleep(0)  # others run in between
                 else:
                     return
-        finally:  # asyncio logs an error of a task that nobody holds
+        finally:
             user.catching_up = None
 
     def next_piece(self, user: User) -> bytearray:
-        """Return the next 16 KiB of what `user` lacks, or nothing; move its place.
+        """Return the next 16 KiB, or 256 messages, of what `user` lacks; move its place.
 
-        It ends before the batch, which flush() is going to write, or after 256 messages, since
-        tiny ones take time, too.
+        The batch is not a part of it: flush() is going to write that.
         """
-        piece = bytearray(NOTICE if user.to_notify else b"")
-        user.to_notify = False
+        piece = bytearray(NOTICE if user.has_old_list else b"")
+        user.has_old_list = False
         if user.place < self.forgotten:
             # Go on with the newer half: the oldest would soon be forgotten, too.
-            user.place = min(self.flushed, self.last - len(self.messages) // 2)
+            user.place = self.last - len(self.messages) // 2
             piece += user.here()
         end = min(self.flushed, user.place + 256)
         while user.place < end and len(piece) < 16 * KIB:
@@ -308,23 +307,24 @@ class Room:
 
     # 5. Who comes back
     #
-    # A phone changes its network, and its connection is dead. How does everyone hear exactly
-    # once what its user says?
-    # 1. The page keeps what it sends until it hears it. After some silence, it asks, with a
-    #    binary frame, and no answer comes.
-    # 2. It opens another connection, with `after`, the number of the last message that it
-    #    heard, and with `key`, a secret of its own. So this one takes the name over.
-    # 3. What was read from the old connection has a number by now. What is read from now on
-    #    gets none: say() drops it.
-    # 4. The page gets what it missed, and asks again. {{Here N}} comes after all that had a
-    #    number then. So what it sent and has not heard has none, and it sends that again.
-    # 5. Unless some N is not what the page has counted to. In that hole, there may be what it
-    #    sent, and the user decides.
+    # A phone changes its network, and its connection is dead. How is all that its user says
+    # still heard exactly once?
+    # 1. The page keeps each text until it hears it back. After some silence it sends a
+    #    question, a binary frame. If no answer comes, the connection is dead.
+    # 2. It opens another one, with `after`, the number of the last message that it heard, and
+    #    with `key`, a secret of its own. So the new connection takes the name over.
+    # 3. From now on, say() drops what is read from the old connection. What was read before
+    #    has a number.
+    # 4. The page gets what it missed. It asks again, and says nothing until the answer. That
+    #    comes after all messages that had a number by then, so a text that has not come back
+    #    has none: the page sends it again.
+    # 5. But if {{Here N}} is not what the page has counted to, messages are missing, and its
+    #    texts may be among them. It tells the user, who decides.
 
     def is_free_for(self, user: User) -> bool:
-        """Tell whether nobody has the name, or the same user has, on no later connection.
+        """Tell whether nobody has the name, or the same user has it, with no higher turn.
 
-        So a login that was held up in the network does not throw out the one after it.
+        A login may be held up in the network. It must not throw out the one that came after.
         """
         old = self.users.get(user.name)
         return old is None or (
@@ -332,15 +332,15 @@ class Room:
         )
 
     def is_key_of(self, name: str, key: str) -> bool:
-        """Tell whether the user of that name is here and has this key, which proves it."""
+        """Tell whether a user of that name is here, and has this key."""
         return key != "" and name in self.users and self.users[name].key == key
 
     def begin(self, user: User) -> None:
-        """Give `user` its place: the end, or where it goes on, of which it is told."""
-        user.place = self.flushed
+        """Give `user` its place: the end, or `after`, which counts from the end if negative."""
+        user.place = self.last
         if user.after is not None:
             number = user.after + (self.last if user.after < 0 else 0)
-            user.place = min(max(number, self.forgotten), self.flushed)
+            user.place = min(max(number, self.forgotten), self.last)
             user.transport.write(user.here())
         self.catch_up(user)
 
