@@ -25,6 +25,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,23 +252,30 @@ class ClusterRoom(chat.Room):
 
     async def enter(self, user: chat.User) -> None:
         """Log `user` in, or raise HTTPConflict; without Redis, HTTPServiceUnavailable."""
-        away = web.HTTPServiceUnavailable(text="The room cannot be reached just now")
-        if not await happens(self.ready, PATIENCE) or user.transport.is_closing():
-            raise away
-        login, draft = secrets.token_hex(8), self.draft
-        if len(draft.logins) >= MAX_WAITING:
-            raise away
-        draft.logins[login] = user
-        self.wake.set()
-        is_answered = await happens(draft.done, PATIENCE)
-        del draft.logins[login]
-        if self.users.get(user.name) is user:
-            return
-        if not is_answered:
-            raise away
-        if user.name in self.users or not self.is_free_for(user):
-            raise web.HTTPConflict(text=f"User {user.name} already logged in")
-        await self.enter(user)  # who had the name was leaving, or all has started over
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                await self.ask_for_name(user)
+        if self.users.get(user.name) is not user:
+            raise web.HTTPServiceUnavailable(text="The room cannot be reached just now")
+
+    async def ask_for_name(self, user: chat.User) -> None:
+        """Wait until `user` has its name, or raise HTTPConflict; return if it cannot wait."""
+        while True:
+            await self.ready.wait()
+            login, draft = secrets.token_hex(8), self.draft
+            if len(draft.logins) >= MAX_WAITING or user.transport.is_closing():
+                return
+            draft.logins[login] = user
+            self.wake.set()
+            try:
+                await draft.done.wait()
+            finally:
+                del draft.logins[login]
+            if self.users.get(user.name) is user:
+                return
+            # If the name is free now, who had it was leaving, or all has started over.
+            if user.name in self.users or not self.is_free_for(user):
+                raise web.HTTPConflict(text=f"User {user.name} already logged in")
 
     def is_free_for(self, user: chat.User) -> bool:
         """Tell whether the name is nobody's, in no process, or the same user's."""

@@ -812,6 +812,25 @@ async def test_without_redis_a_login_is_503_and_leaves_no_trace(server):
     await Peer.login(processes[1].port, "Joe")
 
 
+async def test_a_login_waits_for_6_seconds_though_its_process_starts_over_in_between(
+    server,
+):
+    async with relayed(server) as relay:
+        (here,) = await start(server, 1, url=relay.url, alive=1)
+        relay.hold(relay.answers)
+        entry = {"author": "x", "number": 1, "seen": "0-1", "said": ""}
+        server.redis.xadd(STREAM, entry | {"words": '[["lost"]]'})
+        started = time.monotonic()
+        login = asyncio.create_task(Peer.ask(here.port, "GET /ws?user=Jack", UPGRADE))
+        await asyncio.sleep(3)
+        assert not login.done()
+        relay.release()
+        await until(lambda: "The stream has lost a part" in here.log())
+        relay.hold(relay.answers)
+        assert (await login).status == 503
+        assert 5 < time.monotonic() - started < 8
+
+
 async def test_without_redis_who_speaks_has_to_wait_and_nothing_is_lost(server):
     here, there = await start(server, 2)
     jill = await Peer.login(there.port, "Jill")
