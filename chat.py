@@ -1,8 +1,8 @@
 """The smallest real chat: one room over WebSockets (RFC 6455), at http://localhost:8080.
 
-Each message has a number, and the last ones are kept. Each user has a place: the number of the
-last message that was written to its connection. A user who reads slowly goes on from its place;
-a user who lost the connection and comes back, from the last message that it heard.
+Messages have numbers, which pages count along, and the last ones are kept. Each user has a
+place: the number of the last message written to its connection. A slow reader goes on from its
+place; a user who lost the connection and comes back, from the last message that it heard.
 
 Read from the top. Chapters 1 to 3 are the chat. Chapters 4 and 5 answer what goes wrong in a
 simple one: a user reads slowly, or loses the connection. Chapters 6 and 7 can wait: who may
@@ -34,19 +34,19 @@ log = logging.getLogger("chat")
 async def websocket(request: web.Request) -> web.WebSocketResponse:
     """Log a user in, pass on what is said, log the user off: a task for each connection."""
     room = request.app[ROOM]
-    user = admit(request)  # raises an HTTP error for those who may not come in
-    await room.enter(user)  # does not pause, so nobody has taken the name since admit()
+    user = admit(request)  # a WebSocketResponse, or raises an HTTP error
+    await room.enter(user)  # has no await inside: the name is still as admit() saw it
     try:
         await user.prepare(request)  # answers the handshake: now it is a WebSocket
         room.begin(user)
         async for kind, payload in user.read():
             if kind is WSMsgType.TEXT:
                 await room.say(user, payload)
-            else:  # a binary frame is a question: have I heard everything?
+            else:  # binary, a question: have I heard everything? (chapter 5)
                 room.answer(user)
     finally:
         room.leave(user)
-        # aiohttp closes the connection now, but a peer that takes nothing keeps it open.
+        # aiohttp closes the connection next, but would wait for a peer that reads nothing.
         asyncio.get_running_loop().call_later(2, cut_off, user.transport)
     return user
 
@@ -71,31 +71,31 @@ class User(web.WebSocketResponse):
             timeout=2,  # seconds that a peer has to answer a close frame
             autoping=False,  # read() answers pings, which have a price
             compress=False,  # the same message is the same bytes for everyone
-            max_msg_size=MAX_MESSAGE + 1,  # aiohttp refuses what has this size: 1009
+            max_msg_size=MAX_MESSAGE + 1,  # aiohttp closes at this size, with code 1009
         )
         self.name, self.transport = name, transport
         self.credit, self.paid_at = float(BURST), time.monotonic()  # in bytes, seconds
         self.place = 0  # the number of the last message written to it; 0 before begin()
         self.has_old_list = False  # the list of users has changed, and it was not told
         self.catching_up: asyncio.Task[None] | None = None  # chapter 4
-        # The rest is for chapter 5.
-        self.key, self.turn = "", 0  # a secret of the user, and a count of connections
+        # For chapter 5:
+        self.key, self.turn = "", 0  # the page's secret, and which of its connections
         self.after: int | None = None  # what it heard last; None: it keeps no count
         self.answer_at = 0  # the place at which to answer its question; 0: it has none
-        # Without this, megabytes wait in the kernel, and the server's pings behind them.
+        # Else the kernel holds megabytes, and a ping behind them gets no pong in time.
         with suppress(AttributeError, OSError):  # Windows has no such option
             sock = transport.get_extra_info("socket")
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16 * KIB)
 
     async def read(self) -> AsyncIterator[tuple[WSMsgType, bytes]]:
         """Yield the kind and the bytes of each text and binary message; answer pings."""
-        await self.pay(0)  # replace() may have taken over an older connection's debt
+        await self.pay(0)  # wait off the debt that replace() may have taken over
         async for kind, data, _ in self:
             if kind is WSMsgType.ERROR:
                 return  # a broken frame, or no pong: aiohttp has closed the connection
-            price = 4 * KIB  # since a question or a ping causes a write of its own
+            price = 4 * KIB  # a question or a ping has a write of its own
             if kind is WSMsgType.TEXT:
-                data, price = data.encode(), 64  # since an empty text is work, too
+                data, price = data.encode(), 64  # even an empty text is work
             elif kind is WSMsgType.PING and self.is_ready():
                 self.transport.write(frame(WSMsgType.PONG, data))
             if kind in (WSMsgType.TEXT, WSMsgType.BINARY):
@@ -111,7 +111,7 @@ class User(web.WebSocketResponse):
             await asyncio.sleep(-self.credit / RATE)
 
     def replace(self, old: "User") -> None:
-        """Close `old`, the same user's connection, and take its token bucket over as it is."""
+        """Close `old`, which had the name, and go on with its token bucket as it is."""
         self.credit, self.paid_at = old.credit, old.paid_at
         closing = old.close(code=1000, message=b"logged in again elsewhere")
         self.closing = asyncio.create_task(closing)  # asyncio does not keep it alive
@@ -122,7 +122,7 @@ class User(web.WebSocketResponse):
         return not (transport.get_write_buffer_size() or transport.is_closing())
 
     def here(self) -> bytes:
-        """Return the frame that tells the place: the next message is one more."""
+        """Return a frame that tells the place: the page counts on from there."""
         return frame(WSMsgType.TEXT, b"{{Here %d}}" % self.place)
 
 
@@ -134,8 +134,8 @@ def cut_off(transport: asyncio.Transport) -> None:
 
 # 3. The room: who is here, and what was said
 
-# Bytes. A batch that has more is written at once; it has one message more, and so less than
-# 64 KiB. With more in a transport, asyncio pauses its writer, and aiohttp's close() may hang.
+# Bytes. A batch is written as soon as it has more: one message more, so less than 64 KiB.
+# Above 64 KiB in a transport, asyncio pauses the writer, and aiohttp's close() may hang.
 MAX_BATCH = 44 * KIB
 MAX_WAIT = 0.02  # seconds that a batch waits for more
 MAX_KEPT = 4 * MIB  # bytes of messages that are kept
@@ -144,8 +144,8 @@ MAX_KEPT = 4 * MIB  # bytes of messages that are kept
 def frame(kind: WSMsgType, payload: bytes) -> bytes:
     """Return a frame of under 64 KiB as a server sends it (RFC 6455, section 5.2).
 
-    It is neither masked nor compressed, so it is the same for everyone, and made once. aiohttp
-    would make it for each user.
+    It is not masked or compressed, so it is the same for everyone: made once, and written past
+    aiohttp, which would make it for each user.
     """
     size = len(payload)
     length = [size] if size < 126 else [126, *size.to_bytes(2, "big")]
@@ -162,9 +162,9 @@ class Room:
         self.users: dict[str, User] = {}  # by name, in order of login
         self.messages: dict[int, bytes] = {}  # frames by number: those that are kept
         self.size = 0  # bytes in them, and 64 more for each, since Python adds some
-        # The clock gives the first number: after a restart, no number comes again.
+        # From the clock, in microseconds, so that no number comes again after a restart.
         self.last = time.time_ns() // 1000  # the number of the last message
-        # Messages up to `forgotten` are not kept any more; after `flushed`, not written yet.
+        # Messages up to `forgotten` are gone, and those after `flushed` are the batch.
         self.forgotten = self.flushed = self.last
         self.batch = bytearray()
         self.flushing: asyncio.Task[None] | None = None  # None: not waiting for more
@@ -175,7 +175,7 @@ class Room:
         return list(self.users)
 
     async def enter(self, user: User) -> None:
-        """Log `user` in. It is async, as say() is, so that bonus/cluster.py may wait."""
+        """Log `user` in. This never waits; it is async, as say() is, for bonus/cluster.py."""
         old = self.users.get(user.name)
         self.users[user.name] = user
         if old is None:
@@ -185,7 +185,7 @@ class Room:
             log.info("%s came back, %d here", user.name, len(self.users))
 
     def leave(self, user: User, how: str = "left") -> None:
-        """Log `user` off, if it still has its name, which is free at once."""
+        """Log `user` off, unless another connection has its name by now."""
         if self.users.get(user.name) is user:
             del self.users[user.name]
             self.changed(user.name, how)
@@ -210,7 +210,7 @@ class Room:
             self.flushing = asyncio.create_task(self.flush_soon())
 
     async def flush_soon(self) -> None:
-        """Flush in the first iteration of the event loop that brings no more, or after 20 ms.
+        """Flush as soon as an iteration of the event loop brings no more, or after 20 ms.
 
         A write to a socket costs the same for one message as for fifty. In a quiet room, the
         next iteration brings none; in a busy one, many messages share a write.
@@ -223,18 +223,18 @@ class Room:
         self.flush()
 
     def flush(self) -> None:
-        """Write the batch to all who are up to date and ready; have the others catch up."""
+        """Write notice and batch to all who are up to date and ready; others catch up."""
         batch, start = bytes(self.batch), self.flushed
         self.batch, self.flushed = bytearray(), self.last
         for user in self.users.values():
             if user.place == start and user.is_ready() and not user.answer_at:
                 user.transport.write(NOTICE + batch if user.has_old_list else batch)
                 user.place, user.has_old_list = self.last, False
-            elif user.place:  # it is behind, or has a question; 0: begin() comes later
+            elif user.place:  # behind, or an answer must follow; 0: before begin()
                 self.catch_up(user)
 
     def changed(self, name: str, how: str) -> None:
-        """Log who came or went, and have it announced, once for all changes until then."""
+        """Log who came or went, and have it announced soon, once for several changes."""
         log.info("%s %s, %d here", name, how, len(self.users))
         if not self.announcing:
             self.announcing = asyncio.create_task(self.announce_soon())
@@ -275,9 +275,9 @@ class Room:
                     # It keeps no count, so it would not notice what it has missed.
                     self.leave(user, "was let go: too far behind")
                     cut_off(user.transport)
-                elif not user.is_ready():  # asyncio tells only aiohttp when it is: poll
+                elif not user.is_ready():  # polled: asyncio tells only aiohttp
                     await asyncio.sleep(max(0.01, len(self.users) / 10_000))
-                elif piece := self.next_piece(user):
+                elif piece := self.take_piece(user):
                     user.transport.write(piece)
                     await asyncio.sleep(0)  # others run in between
                 else:
@@ -285,10 +285,10 @@ class Room:
         finally:
             user.catching_up = None
 
-    def next_piece(self, user: User) -> bytearray:
-        """Return the next 16 KiB, or 256 messages, of what `user` lacks; move its place.
+    def take_piece(self, user: User) -> bytearray:
+        """Move the place of `user` by 16 KiB, or 256 messages, and return these.
 
-        The batch is not a part of it: flush() is going to write that.
+        Not the batch: that is flush()'s, or comes when it is flushed.
         """
         piece = bytearray(NOTICE if user.has_old_list else b"")
         user.has_old_list = False
@@ -309,22 +309,22 @@ class Room:
     #
     # A phone changes its network, and its connection is dead. How is all that its user says
     # still heard exactly once?
-    # 1. The page keeps each text until it hears it back. After some silence it sends a
-    #    question, a binary frame. If no answer comes, the connection is dead.
-    # 2. It opens another one, with `after`, the number of the last message that it heard, and
-    #    with `key`, a secret of its own. So the new connection takes the name over.
+    # 1. The page keeps each text until it comes back. After some silence it sends a question,
+    #    a binary frame. If no answer comes, the connection is dead.
+    # 2. It opens another one, with `after`, the number that it has counted to, and with `key`,
+    #    a secret of its own. So the new connection has the name, even if the old one had it.
     # 3. From now on, say() drops what is read from the old connection. What was read before
     #    has a number.
-    # 4. The page gets what it missed. It asks again, and says nothing until the answer. That
-    #    comes after all messages that had a number by then, so a text that has not come back
-    #    has none: the page sends it again.
-    # 5. But if {{Here N}} is not what the page has counted to, messages are missing, and its
-    #    texts may be among them. It tells the user, who decides.
+    # 4. The page gets what it missed, asks again, and says nothing until the answer. That
+    #    comes after all that had a number when it asked. So a text that has not come back by
+    #    then has none: the page sends it again.
+    # 5. But if a {{Here N}}, such as the answer, is not what the page has counted to, messages
+    #    are missing, and its texts may be among them. It tells the user, who decides.
 
     def is_free_for(self, user: User) -> bool:
         """Tell whether nobody has the name, or the same user has it, with no higher turn.
 
-        A login may be held up in the network. It must not throw out the one that came after.
+        A login that was held up in the network must not throw out the page's next one.
         """
         old = self.users.get(user.name)
         return old is None or (
@@ -336,7 +336,7 @@ class Room:
         return key != "" and name in self.users and self.users[name].key == key
 
     def begin(self, user: User) -> None:
-        """Give `user` its place: the end, or `after`, which counts from the end if negative."""
+        """Give `user` its place: the end, or `after`; with -50 it hears the last 50."""
         user.place = self.last
         if user.after is not None:
             number = user.after + (self.last if user.after < 0 else 0)
@@ -352,10 +352,10 @@ class Room:
 
 ROOM = web.AppKey("room", Room)
 
-# 6. Who may come in, and who may throw out
+# 6. Who may come in, and who may reset
 
-# isprintable() refuses these, but names need them between others: the wide space of
-# Japanese, and what joins the letters of Persian, or several emoji to one.
+# Not isprintable(), but allowed inside a name: the wide space of Japanese, and what joins
+# Persian letters, or several emoji to one.
 JOINER = re.compile("[\u3000\u200c\u200d]")
 KEY = re.compile(r"(.+?)(?:\.(-?\d{1,15}))?", re.DOTALL)  # KEY or KEY.TURN
 
@@ -370,13 +370,13 @@ def admit(request: web.Request) -> User:
     if len(name) > 32 or ":" in name or not all(p and p.isprintable() for p in parts):
         raise web.HTTPBadRequest(text="A name: 1 to 32 printable characters, no colon")
     user = User(name, transport)
-    if not user.is_ready():  # it is gone, or has not taken what it was answered before
+    if not user.is_ready():  # gone, or earlier answers on this connection are not taken
         raise web.HTTPBadRequest(text="Read the answers to earlier requests first")
     if key := KEY.fullmatch(query.get("key", "")):
         user.key, user.turn = key[1], int(key[2] or 0)
     with suppress(ValueError):  # not an integer: as if it were not there
         user.after = int(query.get("after", ""))
-    # A page whose WebSocket was refused asks by plain HTTP why, so this comes first:
+    # Before the check for a WebSocket: a refused page asks why by plain HTTP.
     if not request.app[ROOM].is_free_for(user):
         raise web.HTTPConflict(text=f"User {name} already logged in")
     with suppress(ValueError):  # which aiohttp raises for a header that is not ASCII
@@ -399,12 +399,12 @@ def is_cross_origin(request: web.Request) -> bool:
 def from_operator(request: web.Request) -> bool:
     """Tell whether somebody on this machine, and no page, sent `request`."""
     headers = request.headers
-    # What proxies add, and what a browser does when a page has it prefetch something.
+    # Proxies add these; the last is of a browser that prefetches for a page.
     marks = ["Forwarded", "X-Forwarded-For", "X-Real-IP", "Via", "Sec-Purpose"]
     marked = any(mark in headers for mark in marks) or is_cross_origin(request)
     # "none": typed. A link that was said in the chat has "same-origin". curl sends nothing.
     typed = headers.get("Sec-Fetch-Site", "none") == "none"
-    # A foreign site may have its name lead here (DNS rebinding): it stands in Host then.
+    # In DNS rebinding, a foreign name leads to this machine; Host has that name then.
     addresses = {request.remote, re.sub(r":\d*$", "", headers.get("Host", ""))}
     local = addresses <= {"127.0.0.1", "::1", "[::1]", "localhost"}
     return local and typed and not marked
@@ -469,7 +469,7 @@ def serve(app: web.Application, host: str, port: int) -> None:
     logging.getLogger("aiohttp.server").addFilter(
         lambda record: not (record.exc_info and isinstance(record.exc_info[1], noise))
     )
-    with suppress(AttributeError):  # Windows has no SIGHUP; under nohup it is ignored
+    with suppress(AttributeError):  # no SIGHUP on Windows; under nohup it is SIG_IGN
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
             signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     with suppress(ImportError, OSError, ValueError):  # not on every system
