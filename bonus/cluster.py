@@ -13,7 +13,7 @@ the same messages under the same numbers, with no lock and no second source of t
 
 Read chat.py first, then this from the top: chapters 1 and 2 are a room in several processes.
 3 is how a name goes from one connection to the next, 4 how a process that starts learns what
-the others know, 5 serves it. stream.py is the stream, and what may go wrong with it.
+the others know, 5 serves it. stream.py is the stream; read its Entry before chapter 2.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from typing import Any, NamedTuple
 
 from aiohttp import WSMsgType, web
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stream import END, Entry, Lost, Missed, StartOver, Stream, connect, happens, order
 
 import chat
@@ -42,13 +41,32 @@ PATIENCE = 6  # seconds that a login waits for Redis
 MAX_WAITING = 1000  # logins; more would fill the memory while Redis is away
 
 
+class Owner(NamedTuple):
+    """A login, at one process, to which a name belongs."""
+
+    login: str
+    process: str  # the author of its entries
+    key: str  # hashed
+    turn: int
+
+    def yields_to(self, key: str, turn: int) -> bool:
+        """Tell whether a login with this key is of the same user, and of no earlier turn."""
+        return self.key == key != "" and self.turn <= turn
+
+
+def hashed(key: str) -> str:
+    """Return what may be known elsewhere of a user's key."""
+    return key and hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32]
+
+
 @dataclass
 class Draft:
     """The next entry of this process, as it gathers while another is under way."""
 
     words: list[Any] = field(default_factory=list)
-    said: bytearray = field(default_factory=bytearray)  # messages, each with END
-    logins: dict[str, chat.User] = field(default_factory=dict)  # by a random word
+    said: dict[chat.User, bytearray] = field(default_factory=dict)  # each text with END
+    size: int = 0  # bytes of that
+    logins: dict[str, chat.User] = field(default_factory=dict)  # by a random ID
     # Who want to know whether all that they said was heard
     asking: dict[str, chat.User] = field(default_factory=dict)
     taken: asyncio.Event = field(default_factory=asyncio.Event)  # it gathers no more
@@ -78,10 +96,12 @@ class ClusterRoom(chat.Room):
 
     async def say(self, user: chat.User, text: bytes) -> None:
         """Have everyone hear it; while Redis is slow, wait, so that memory is bounded."""
-        while len(self.draft.said) > chat.MAX_BATCH:
+        while self.draft.size > chat.MAX_BATCH:
             await self.draft.taken.wait()
         if self.users.get(user.name) is user:
-            self.draft.said += user.name.encode() + b": " + text + END
+            line = user.name.encode() + b": " + text + END
+            self.draft.said.setdefault(user, bytearray()).extend(line)
+            self.draft.size += len(line)
             self.wake.set()
 
     def answer(self, user: chat.User) -> None:
@@ -128,17 +148,12 @@ class ClusterRoom(chat.Room):
     def let_go(self, users: Iterable[chat.User], code: int, reason: str) -> None:
         """Close the connections of `users`, of whom nothing more is heard from now on."""
         self.flush()
-        names = set[bytes]()
         for user in list(users):
-            names.add(user.name.encode())
             del self.users[user.name]
+            self.draft.said.pop(user, None)  # its page says that again, perhaps here
             if user.prepared:
                 closing = user.close(code=code, message=reason.encode())
                 user.closing = asyncio.create_task(closing)
-        # What is not appended, their pages say again, and perhaps under that name right here.
-        texts = bytes(self.draft.said).split(END)
-        kept = [text for text in texts if text.partition(b":")[0] not in names]
-        self.draft.said[:] = END.join(kept)
 
     async def write(self) -> None:
         """Append one entry after another, each of all that happened during the one before.
@@ -147,7 +162,7 @@ class ClusterRoom(chat.Room):
         """
         while True:
             await self.wake.wait()
-            await self.stream.all_read.wait()  # else it asks what is there to read
+            await self.stream.all_read.wait()  # first see what the stream tells
             self.wake.clear()
             self.under_way = draft = self.draft
             self.draft = Draft()
@@ -158,7 +173,7 @@ class ClusterRoom(chat.Room):
                     draft.words.append(word)
             draft.words += self.state()
             last = self.last if self.knows else None
-            await self.stream.append(draft.words, bytes(draft.said), last)
+            await self.stream.append(draft.words, b"".join(draft.said.values()), last)
             draft.done.set()
             for user in draft.asking.values():
                 super().answer(user)
@@ -184,7 +199,7 @@ class ClusterRoom(chat.Room):
             except StartOver as error:
                 if self.stream.all_read.is_set():
                     self.start_over(error)
-                else:  # there was a hole before it started: it learns the room behind that
+                else:  # a hole from before it started: it learns the room behind that
                     self.forget()
 
     async def obey(self, entry: Entry) -> None:
@@ -192,7 +207,7 @@ class ClusterRoom(chat.Room):
         if not await self.stream.is_next(entry):
             return
         authors = self.stream.authors
-        ours = order(entry.seen) >= order(self.founded)  # else, of an earlier room
+        ours = order(entry.seen) >= order(self.founded)  # the room was founded by then
         if ours and entry.seen == entry.before and entry.last not in (None, self.last):
             raise Lost("Others have other messages")
         for text in entry.said:
@@ -221,10 +236,10 @@ class ClusterRoom(chat.Room):
                     self.remove([*self.everyone], "was let go: " + reason)
                     self.let_go(self.users.values(), 1000, reason)
                 case ["founds", *_] if ours:
-                    raise StartOver("This process was taken for dead")
-                case ["lost"]:
+                    raise StartOver("Others have founded a room")
+                case ["lost", self.founded]:
                     raise Missed("The stream has lost a part")
-        if entry.last is None:  # its author asks what the room is, which is known
+        if entry.last is None:  # its author knows no room: the eldest tells
             self.tell_at = 0.0
             self.wake.set()
 
@@ -235,7 +250,8 @@ class ClusterRoom(chat.Room):
             self.changed(name, how)
 
     async def flush_soon(self) -> None:
-        """Flush at once: an entry is a batch already, and to wait again would only cost."""
+        """Flush when the entry under way is read back, since that brings more; or at once."""
+        await happens(self.stream.read_back, chat.MAX_WAIT)
         self.flushing = None
         self.flush()
 
@@ -254,35 +270,32 @@ class ClusterRoom(chat.Room):
         """Log `user` in, or raise HTTPConflict; without Redis, HTTPServiceUnavailable."""
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE):
-                await self.ask_for_name(user)
+                while not user.transport.is_closing():
+                    await self.ready.wait()
+                    login, draft = secrets.token_hex(8), self.draft
+                    if len(draft.logins) >= MAX_WAITING:
+                        break
+                    draft.logins[login] = user
+                    self.wake.set()
+                    try:
+                        await draft.done.wait()
+                    finally:
+                        del draft.logins[login]
+                    if self.users.get(user.name) is user:
+                        return
+                    # Free now: its owner was leaving, or this process has started over.
+                    if user.name in self.users or not self.is_free_for(user):
+                        text = f"User {user.name} already logged in"
+                        raise web.HTTPConflict(text=text)
         if self.users.get(user.name) is not user:
             raise web.HTTPServiceUnavailable(text="The room cannot be reached just now")
-
-    async def ask_for_name(self, user: chat.User) -> None:
-        """Wait until `user` has its name, or raise HTTPConflict; return if it cannot wait."""
-        while True:
-            await self.ready.wait()
-            login, draft = secrets.token_hex(8), self.draft
-            if len(draft.logins) >= MAX_WAITING or user.transport.is_closing():
-                return
-            draft.logins[login] = user
-            self.wake.set()
-            try:
-                await draft.done.wait()
-            finally:
-                del draft.logins[login]
-            if self.users.get(user.name) is user:
-                return
-            # If the name is free now, who had it was leaving, or all has started over.
-            if user.name in self.users or not self.is_free_for(user):
-                raise web.HTTPConflict(text=f"User {user.name} already logged in")
 
     def is_free_for(self, user: chat.User) -> bool:
         """Tell whether the name is nobody's, in no process, or the same user's."""
         owner = self.everyone.get(user.name)
         if owner is None or owner.yields_to(hashed(user.key), user.turn):
             return True
-        # Listed, but of no user here, it is one who is leaving: a login comes after that.
+        # Its owner has left this process, which has yet to say so: a login is said after.
         return owner.process == self.stream.author and user.name not in self.users
 
     def give(self, name: str, new: Owner) -> None:
@@ -295,7 +308,7 @@ class ClusterRoom(chat.Room):
             self.let_go([self.users[name]], 1000, "logged in again elsewhere")
         if is_here and (user := self.under_way.logins.get(new.login)):
             self.users[name] = user
-            if owner:  # or to take one's name over would be a way to say more
+            if owner:  # or each takeover would bring a new BURST
                 user.credit = -chat.MAX_MESSAGE
         elif is_here:
             self.append("left", name, new.login, "did not wait")
@@ -314,7 +327,7 @@ class ClusterRoom(chat.Room):
     def be_born(self, *words: Any) -> None:
         """Be a process that knows nothing; its first entry is going to say `words`."""
         self.stream = Stream(self.redis, self.name, self.keep)
-        self.silence = 0  # own signs of life since any of who knows the room
+        self.silence = 0  # own signs of life since one who knows the room was read
         self.tell_at = 0.0  # when the eldest is to say again what the room is
         self.ready.clear()
         self.draft.taken.set()
@@ -326,7 +339,7 @@ class ClusterRoom(chat.Room):
     def forget(self) -> None:
         """Know no room."""
         self.knows = False
-        # What it reads meanwhile; who tells it the room, lacks the last of it
+        # Read meanwhile: who tells the room had not yet read the last of these
         self.passed = deque[Entry](maxlen=1000)
         self.have({}, {}, self.last, "")
 
@@ -353,7 +366,7 @@ class ClusterRoom(chat.Room):
         return []
 
     async def learn(self, entry: Entry) -> None:
-        """See whether `entry` says what the room is, and do what was read since it was that."""
+        """If `entry` says what the room was at its `seen`, do what was read after that."""
         self.passed.append(entry)
         self.stream.authors[entry.author] = entry.number, entry.position
         if entry.last is not None:
@@ -367,12 +380,13 @@ class ClusterRoom(chat.Room):
                 case ["room" | "founds", authors, everyone, int(last), str(founded)]:
                     at, passed = order(entry.seen), self.passed
                     behind = [each for each in passed if order(each.position) > at]
-                    if len(behind) < len(passed):  # else, some of them may be missing
+                    if len(behind) < len(passed):  # nothing is missing since
+                        me = self.stream.author
+                        was_read = me in self.stream.authors
                         self.have(authors, everyone, last, founded or entry.position)
                         for each in behind:
                             await self.obey(each)
-                        me = self.stream.author
-                        if self.stream.number > 1 and me not in self.stream.authors:
+                        if was_read and me not in self.stream.authors:
                             raise StartOver("This process was taken for dead")
                         self.knows = True
                         passed.clear()
@@ -382,14 +396,15 @@ class ClusterRoom(chat.Room):
         chat.log.warning("%s: the users of this process have to come back", error)
         if isinstance(error, Missed):
             for user in self.users.values():
-                if user.place and not user.transport.is_closing():
+                counts = user.place and user.after is not None
+                if counts and not user.transport.is_closing():
                     # Its count may be wrong: it is to see a hole.
                     user.place = self.last + 2**40
                     user.transport.write(user.here())
         self.let_go(self.users.values(), 1012, str(error))
         old = self.stream
         # What is lost to all has all start over, with other numbers.
-        lost = [("lost",)] if isinstance(error, Lost) else []
+        lost = [("lost", self.founded)] if isinstance(error, Lost) else []
         self.be_born(("gone", old.author, "has to come back"), *lost)
         old.read_back.set()  # so that write() waits no more for what the old one appended
 
@@ -410,24 +425,6 @@ class ClusterRoom(chat.Room):
                     task.cancel()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-
-
-class Owner(NamedTuple):
-    """A login, at one process, to which a name belongs."""
-
-    login: str
-    process: str
-    key: str  # hashed
-    turn: int
-
-    def yields_to(self, key: str, turn: int) -> bool:
-        """Tell whether a login with this key is of the same user, and of no earlier turn."""
-        return self.key == key != "" and self.turn <= turn
-
-
-def hashed(key: str) -> str:
-    """Return what may be known elsewhere of a user's key."""
-    return key and hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32]
 
 
 # 5. Serving

@@ -58,7 +58,9 @@ class Entry(NamedTuple):
     author: str
     number: int  # one more than that of its author's entry before
     seen: str  # the position of the entry that its author had read last
-    last: int | None  # a number that is the same for all at `seen`, if its author knew
+    last: (
+        int | None
+    )  # the count of all at `seen`; None: its author asks what the room is
     words: list[Any]
     said: list[bytes]  # texts
 
@@ -91,13 +93,13 @@ class Stream:
         self.author = secrets.token_hex(6)  # this process, as the others know it
         self.number = 0  # of the last entry appended
         self.read_back = asyncio.Event()  # set when that was read, and obeyed
-        self.fell_back = False  # that has a position before others that were read
+        self.fell_back = False  # it has a position before some that were read
         # Who takes part, the eldest first; with number and position of the last entry
         self.authors: dict[str, tuple[int, str]] = {}
-        self.silent = Counter[str]()  # signs of life of this process since that entry
+        self.silent = Counter[str]()  # own signs of life since each one's last entry
         self.position = "0-0"  # of the last entry read
         self.fetched = deque[tuple[bytes, dict[bytes, bytes]]]()  # not read yet
-        self.is_at_end = False  # there was no more than what was fetched last
+        self.is_at_end = False  # the last fetch got all that was there
         self.all_read = asyncio.Event()  # set when all was read that was there
         self.times = deque[tuple[float, str]]()  # when which position was read
 
@@ -136,7 +138,9 @@ class Stream:
                     raise Lost("The stream fell back")
                 if self.is_at_end:
                     self.all_read.set()
-                wait = 2000 if self.is_at_end else None  # milliseconds
+                wait = (
+                    2000 if self.is_at_end else None
+                )  # milliseconds, fewer than ANSWER
                 xread, since = self.redis.xread, {self.name: self.position}
                 for _, fetched in await self.ask(xread, since, count=COUNT, block=wait):
                     self.fetched.extend(fetched)
@@ -150,7 +154,7 @@ class Stream:
     async def is_next(self, entry: Entry) -> bool:
         """Tell whether to do what `entry` says, or raise StartOver: there is a hole."""
         number, position = self.authors.get(entry.author, (0, ""))
-        # What its author had read is before it, unless the stream has fallen back since.
+        # Its author has read what is not here, or its own entries have a hole.
         if order(entry.before) < order(entry.seen) or 0 < number < entry.number - 1:
             raise Missed("A part of the stream is missing")
         is_second = 0 < number == entry.number
@@ -177,8 +181,8 @@ class Stream:
     def oldest(self) -> str:
         """Return the position of the oldest entry to keep: who appends, drops those before.
 
-        By the clock of this process, since that of Redis may be set back: then all entries
-        are of one millisecond. That counts only for what is older than this process.
+        By the clock of this process: if that of Redis is set back, all entries are of one
+        millisecond. Only what is older than this process goes by the clock of Redis.
         """
         now = time.monotonic()
         if not self.times or self.times[-1][0] + self.keep / 100 <= now:
@@ -195,7 +199,7 @@ class Stream:
 
         If to wait does not help, raise OSError.
         """
-        name, before = command.__name__, ""
+        name, logged = command.__name__, ""
         while True:
             fault: BaseException | None = None
             try:
@@ -213,9 +217,9 @@ class Stream:
             told = isinstance(fault, (ResponseError, AuthenticationError))
             if told and code in HOPELESS:
                 raise OSError(f"Redis, {name}: {what}")
-            if what != before:
+            if what != logged:
                 log.warning("Redis, %s: %s", name, what)
-                before = what
+                logged = what
             if code == "OOM":  # which forbids XADD, but not to drop one half
                 half = await self.ask(self.redis.xlen, self.name) // 2
                 # If that may be approximate, Redis may drop nothing at all.
@@ -235,7 +239,8 @@ async def happens(event: asyncio.Event, seconds: float) -> bool:
 def reason(error: BaseException) -> str:
     """Return what `error` says, after the kind of error that Redis named, if it did."""
     kind = getattr(error, "status_code", None) or ""
-    text = str(error).partition(" : ")[0]  # what follows is what redis-py was told
+    # What follows " : " is what redis-py was told.
+    text = (str(error) or repr(error)).partition(" : ")[0]
     return text if text.startswith(kind) else f"{kind} {text}"
 
 

@@ -142,6 +142,17 @@ class Server:
         last = f"{int((time.time() + ahead) * 1000)}-0"
         self.redis.execute_command("XSETID", STREAM, last)
 
+    def lose(self):
+        """Have a stranger ask what the room is, and say that a part of it is lost."""
+        stream = self.redis.xrange(STREAM)
+        (founded,) = [at for at, it in stream if b'"founds"' in it[b"words"]]
+        word = json.dumps([["lost", founded.decode()]])
+        entry = {"author": "x", "number": 1, "seen": "9-9", "said": ""}
+        with self.redis.pipeline() as pipe:  # read in one go
+            pipe.xadd(STREAM, entry | {"words": ""})
+            pipe.xadd(STREAM, entry | {"number": 2, "words": word})
+            pipe.execute()
+
     def said(self):
         return [fields[b"said"] for _, fields in self.redis.xrange(STREAM)]
 
@@ -818,8 +829,7 @@ async def test_a_login_waits_for_6_seconds_though_its_process_starts_over_in_bet
     async with relayed(server) as relay:
         (here,) = await start(server, 1, url=relay.url, alive=1)
         relay.hold(relay.answers)
-        entry = {"author": "x", "number": 1, "seen": "0-1", "said": ""}
-        server.redis.xadd(STREAM, entry | {"words": '[["lost"]]'})
+        server.lose()
         started = time.monotonic()
         login = asyncio.create_task(Peer.ask(here.port, "GET /ws?user=Jack", UPGRADE))
         await asyncio.sleep(3)
@@ -1054,7 +1064,9 @@ async def test_who_missed_a_part_lets_its_users_go_and_starts_over_twice(server)
         jill.say("not missed")
         await jill.hear()
         away.go_on()
-        assert (await jack.closed())[0] == 1012
+        assert await jack.hear() == ["Jill: in the answer under way"]
+        opcode, payload = await jack.answer()  # no {{Here N}}: it did not ask for any
+        assert (opcode, int.from_bytes(payload[:2])) == (CLOSE, 1012)
         jack = await come_back(away.port, "Jack")
         await listed([away, there], "Jill", "Jack")
         jack.say("hello")
@@ -1067,11 +1079,7 @@ async def test_while_the_room_is_not_known_logins_wait_and_there_is_no_list(serv
     away, there = await start(server, 2, alive=1.2)  # founds a room after 2.4 s
     await Peer.login(away.port, "Jack")
     await listed([away, there], "Jack")
-    entry = {"author": "x", "number": 1, "seen": "9-9", "said": ""}
-    with server.redis.pipeline() as pipe:  # read in one go: who tells, comes too late
-        pipe.xadd(STREAM, entry | {"words": ""})  # asks
-        pipe.xadd(STREAM, entry | {"number": 2, "words": '[["lost"]]'})
-        pipe.execute()
+    server.lose()  # the question is heard too late
     there.stop()  # which could say what the room is
     await until(lambda: "The stream has lost a part" in away.log())
     answer = await Peer.ask(away.port, "GET /?getUsers2=1")
@@ -1166,8 +1174,9 @@ async def test_what_is_no_entry_is_logged_once_and_skipped(server, url):
         entry | {"number": 2, "words": '[["moved", "Jack", "x", ["y"], 1, 2]]'},
         entry | {"number": 3, "words": '[["moved", "Jack", "x", [1, 2, 3, 4], "", 2]]'},
         entry | {"number": 4, "words": '[["enter", "Joe", "x", "y", 1, 2]]'},
-        entry | {"number": 5, "said": b"\x81"},
-        entry | {"number": 5, "said": b"x" * 70_000 + b"\xff"},
+        entry | {"number": 5, "words": '[["lost", "1-1"]]'},  # of another room
+        entry | {"number": 6, "said": b"\x81"},
+        entry | {"number": 6, "said": b"x" * 70_000 + b"\xff"},
         entry | {"number": "9" * 5000},
     ):
         position = server.redis.xadd(STREAM, fields).decode()
