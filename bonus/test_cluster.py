@@ -1003,6 +1003,22 @@ async def test_who_replays_what_it_has_read_says_nothing_from_the_middle_of_it(s
     assert "have" not in process.log(), "it has started over"
 
 
+async def test_who_is_taken_for_dead_before_it_knows_the_room_starts_over(server):
+    starting = asyncio.create_task(Process.start(server, alive=1))
+    await until(lambda: server.redis.xlen(STREAM))  # it asks what the room is
+    ((position, fields),) = server.redis.xrange(STREAM)
+    gone = json.dumps([["gone", fields[b"author"].decode(), "is gone"]])
+    entry = {"author": "x", "said": "", "last": 1_000_000}
+    entry |= {"number": 1, "seen": position, "words": gone}
+    position = server.redis.xadd(STREAM, entry).decode()
+    room = json.dumps([["room", {"x": [1, position]}, {}, 1_000_000, "0-1"]])
+    entry |= {"number": 2, "seen": position, "words": room}
+    server.redis.xadd(STREAM, entry)
+    process = await starting
+    assert "This process was taken for dead" in process.log()
+    await Peer.login(process.port, "Jack")
+
+
 async def test_a_page_of_who_missed_something_hears_nothing_twice_elsewhere(server):
     async with relayed(server) as relay:
         (slow,) = await start(server, 1, url=relay.url, alive=2)

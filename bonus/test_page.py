@@ -597,9 +597,7 @@ class TestPage(WithLines):
         # And there is one on the way back to the truth.
         await expect(tab.entries).to_have_text([HOLE, HOLE])
         await expect(tab.entries.nth(0)).to_be_visible()
-        await expect(
-            tab.entries.nth(1)
-        ).to_be_hidden()  # with nothing between, it is one
+        await expect(tab.entries.nth(1)).to_be_hidden()  # nothing is between
         await expect(tab.box).to_have_value("one\ntwo\nhalf typed")
         jill.say("end")
         await tab.hears("end")
