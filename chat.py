@@ -1,10 +1,10 @@
 """The smallest real chat: one room over WebSockets (RFC 6455), at http://localhost:8080.
 
-Messages have numbers, which pages count along, and the last ones are kept. Each user has a
-place: the number of the last message written to its connection. A slow reader goes on from its
-place; a user who lost the connection and comes back, from the last message that it heard.
+Messages have numbers; pages count along. The last messages are kept. Each user has a place: the
+number of the last message written to its connection. A slow reader goes on from its place; a
+user who lost the connection and comes back, from the last message that it heard.
 
-Read from the top. Chapters 1 to 3 are the chat. Chapters 4 and 5 answer what goes wrong in a
+Read from the top. Chapters 1 to 3 are the chat. Chapters 4 and 5 handle what goes wrong in a
 simple one: a user reads slowly, or loses the connection. Chapters 6 and 7 can wait: who may
 come in, and how it is served. There are no passwords, and nothing is stored on a disk.
 """
@@ -35,7 +35,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     """Log a user in, pass on what is said, log the user off: a task for each connection."""
     room = request.app[ROOM]
     user = admit(request)  # a WebSocketResponse, or raises an HTTP error
-    await room.enter(user)  # has no await inside: the name is still as admit() saw it
+    await room.enter(user)  # does not wait: the name is still as admit() saw it
     try:
         await user.prepare(request)  # answers the handshake: now it is a WebSocket
         room.begin(user)
@@ -46,7 +46,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 room.answer(user)
     finally:
         room.leave(user)
-        # aiohttp closes the connection next, but would wait for a peer that reads nothing.
+        # aiohttp closes the connection on return, but waits for a peer that reads nothing.
         asyncio.get_running_loop().call_later(2, cut_off, user.transport)
     return user
 
@@ -79,17 +79,17 @@ class User(web.WebSocketResponse):
         self.has_old_list = False  # the list of users has changed, and it was not told
         self.catching_up: asyncio.Task[None] | None = None  # chapter 4
         # For chapter 5:
-        self.key, self.turn = "", 0  # the page's secret, and which of its connections
+        self.key, self.turn = "", 0  # the page's secret, and a count of its logins
         self.after: int | None = None  # what it heard last; None: it keeps no count
         self.answer_at = 0  # the place at which to answer its question; 0: it has none
-        # Else the kernel holds megabytes, and a ping behind them gets no pong in time.
+        # Let the kernel hold little: a ping behind megabytes gets no pong in time.
         with suppress(AttributeError, OSError):  # Windows has no such option
             sock = transport.get_extra_info("socket")
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16 * KIB)
 
     async def read(self) -> AsyncIterator[tuple[WSMsgType, bytes]]:
         """Yield the kind and the bytes of each text and binary message; answer pings."""
-        await self.pay(0)  # wait off the debt that replace() may have taken over
+        await self.pay(0)  # first the debt of the connection that this replaced
         async for kind, data, _ in self:
             if kind is WSMsgType.ERROR:
                 return  # a broken frame, or no pong: aiohttp has closed the connection
@@ -114,7 +114,7 @@ class User(web.WebSocketResponse):
         """Close `old`, which had the name, and go on with its token bucket as it is."""
         self.credit, self.paid_at = old.credit, old.paid_at
         closing = old.close(code=1000, message=b"logged in again elsewhere")
-        self.closing = asyncio.create_task(closing)  # asyncio does not keep it alive
+        self.closing = asyncio.create_task(closing)  # or it may be collected
 
     def is_ready(self) -> bool:
         """Tell whether this is open, and the kernel has taken all that was written."""
@@ -122,7 +122,7 @@ class User(web.WebSocketResponse):
         return not (transport.get_write_buffer_size() or transport.is_closing())
 
     def here(self) -> bytes:
-        """Return a frame that tells the place: the page counts on from there."""
+        """Return a frame, without a number, that tells the place: pages count on from it."""
         return frame(WSMsgType.TEXT, b"{{Here %d}}" % self.place)
 
 
@@ -134,7 +134,7 @@ def cut_off(transport: asyncio.Transport) -> None:
 
 # 3. The room: who is here, and what was said
 
-# Bytes. A batch is written as soon as it has more: one message more, so less than 64 KiB.
+# Bytes. A batch is written once it is above this, by one message at most: below 64 KiB.
 # Above 64 KiB in a transport, asyncio pauses the writer, and aiohttp's close() may hang.
 MAX_BATCH = 44 * KIB
 MAX_WAIT = 0.02  # seconds that a batch waits for more
@@ -167,7 +167,7 @@ class Room:
         # Messages up to `forgotten` are gone, and those after `flushed` are the batch.
         self.forgotten = self.flushed = self.last
         self.batch = bytearray()
-        self.flushing: asyncio.Task[None] | None = None  # None: not waiting for more
+        self.flushing: asyncio.Task[None] | None = None  # it waits for more
         self.announcing: asyncio.Task[None] | None = None
 
     def names(self) -> list[str]:
@@ -230,7 +230,7 @@ class Room:
             if user.place == start and user.is_ready() and not user.answer_at:
                 user.transport.write(NOTICE + batch if user.has_old_list else batch)
                 user.place, user.has_old_list = self.last, False
-            elif user.place:  # behind, or an answer must follow; 0: before begin()
+            elif user.place:  # behind, ahead, or owed an answer; 0: before begin()
                 self.catch_up(user)
 
     def changed(self, name: str, how: str) -> None:
@@ -275,7 +275,7 @@ class Room:
                     # It keeps no count, so it would not notice what it has missed.
                     self.leave(user, "was let go: too far behind")
                     cut_off(user.transport)
-                elif not user.is_ready():  # polled: asyncio tells only aiohttp
+                elif not user.is_ready():  # polled: the callback is aiohttp's
                     await asyncio.sleep(max(0.01, len(self.users) / 10_000))
                 elif piece := self.take_piece(user):
                     user.transport.write(piece)
@@ -288,7 +288,7 @@ class Room:
     def take_piece(self, user: User) -> bytearray:
         """Move the place of `user` by 16 KiB, or 256 messages, and return these.
 
-        Not the batch: that is flush()'s, or comes when it is flushed.
+        Not the batch: flush() writes it, or calls catch_up() again.
         """
         piece = bytearray(NOTICE if user.has_old_list else b"")
         user.has_old_list = False
@@ -309,17 +309,17 @@ class Room:
     #
     # A phone changes its network, and its connection is dead. How is all that its user says
     # still heard exactly once?
-    # 1. The page keeps each text until it comes back. After some silence it sends a question,
+    # 1. The page keeps each text until it is echoed. After some silence it sends a question,
     #    a binary frame. If no answer comes, the connection is dead.
     # 2. It opens another one, with `after`, the number that it has counted to, and with `key`,
     #    a secret of its own. So the new connection has the name, even if the old one had it.
     # 3. From now on, say() drops what is read from the old connection. What was read before
     #    has a number.
-    # 4. The page gets what it missed, asks again, and says nothing until the answer. That
-    #    comes after all that had a number when it asked. So a text that has not come back by
-    #    then has none: the page sends it again.
+    # 4. The page asks again, and says nothing until the answer. That comes after all that had
+    #    a number when it asked. So a text that was not echoed by then has none: the page
+    #    sends it again.
     # 5. But if a {{Here N}}, such as the answer, is not what the page has counted to, messages
-    #    are missing, and its texts may be among them. It tells the user, who decides.
+    #    are missing, and its texts may be among them. The page leaves them to its user.
 
     def is_free_for(self, user: User) -> bool:
         """Tell whether nobody has the name, or the same user has it, with no higher turn.
@@ -332,11 +332,11 @@ class Room:
         )
 
     def is_key_of(self, name: str, key: str) -> bool:
-        """Tell whether a user of that name is here, and has this key."""
+        """Tell whether the user of that name has this key; bonus/ asks that, too."""
         return key != "" and name in self.users and self.users[name].key == key
 
     def begin(self, user: User) -> None:
-        """Give `user` its place: the end, or `after`; with -50 it hears the last 50."""
+        """Give `user` its place: the end, or `after`; -50 is 50 before the end."""
         user.place = self.last
         if user.after is not None:
             number = user.after + (self.last if user.after < 0 else 0)
@@ -370,13 +370,13 @@ def admit(request: web.Request) -> User:
     if len(name) > 32 or ":" in name or not all(p and p.isprintable() for p in parts):
         raise web.HTTPBadRequest(text="A name: 1 to 32 printable characters, no colon")
     user = User(name, transport)
-    if not user.is_ready():  # gone, or earlier answers on this connection are not taken
+    if not user.is_ready():  # gone, or has not read the answers to earlier requests
         raise web.HTTPBadRequest(text="Read the answers to earlier requests first")
     if key := KEY.fullmatch(query.get("key", "")):
         user.key, user.turn = key[1], int(key[2] or 0)
     with suppress(ValueError):  # not an integer: as if it were not there
         user.after = int(query.get("after", ""))
-    # Before the check for a WebSocket: a refused page asks why by plain HTTP.
+    # A browser does not tell why a WebSocket failed: pages ask again by plain HTTP.
     if not request.app[ROOM].is_free_for(user):
         raise web.HTTPConflict(text=f"User {name} already logged in")
     with suppress(ValueError):  # which aiohttp raises for a header that is not ASCII
@@ -475,7 +475,7 @@ def serve(app: web.Application, host: str, port: int) -> None:
     with suppress(ImportError, OSError, ValueError):  # not on every system
         from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
-        # Each page takes two descriptors, and the usual soft limit is 1,024.
+        # A page has two connections at times, and the usual soft limit is 1,024.
         setrlimit(RLIMIT_NOFILE, (getrlimit(RLIMIT_NOFILE)[1],) * 2)
     try:
         web.run_app(
