@@ -246,6 +246,7 @@ class Window(tk.Tk):
         self.url = ""  # of the latest login
         self.number = -LAST  # of the last message in the log, or so many to begin with
         self.heard: deque[tuple[str, str]] = deque(maxlen=KEPT)  # and not drawn yet
+        self.misses = False  # messages after the last that was heard
         self.server = tk.StringVar(value=server)
         self.user = tk.StringVar(value=user)
         self.tls = tk.BooleanVar(value=tls)
@@ -343,10 +344,13 @@ class Window(tk.Tk):
     def hear(self, number: int, when: str, message: str) -> None:
         self.number = number
         self.heard.append((when, message))
+        self.misses = False
 
     def miss(self, number: int, texts: list[str]) -> None:
-        """Tell that messages are missing, and give back what may have been said there."""
-        self.hear(number, "", "Some messages are missing here")
+        """Tell once that messages are missing, and give back what may have been said there."""
+        if not self.misses:
+            self.hear(number, "", "Some messages are missing here")
+        self.number, self.misses = number, True
         self.give_back(texts)
 
     def give_back(self, texts: list[str]) -> None:

@@ -1027,6 +1027,12 @@ def test_a_server_that_fails_and_comes_back_is_joined_again(
     desk.until(lambda: desk.users == ["Jack"])
     assert desk.draft == "draft"
     desk.until_said("Some messages are missing here")  # it has forgotten all
+    line.cut(Chat(elsewhere).port)
+    desk.until_shown("trying again in")
+    desk.until_shown("Online")
+    desk.say("end")
+    desk.until_said("Jack: end")
+    assert desk.text.count("missing") == 1  # since nothing came between
 
 
 # The end of the program
