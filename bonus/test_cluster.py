@@ -1080,9 +1080,9 @@ async def test_who_missed_a_part_lets_its_users_go_and_starts_over_twice(server)
         jill.say("not missed")
         await jill.hear()
         away.go_on()
-        assert await jack.hear() == ["Jill: in the answer under way"]
-        opcode, payload = await jack.answer()  # no {{Here N}}: it did not ask for any
-        assert (opcode, int.from_bytes(payload[:2])) == (CLOSE, 1012)
+        while (answer := await jack.answer())[0] == TEXT:
+            assert not answer[1].startswith(b"{{"), "it did not ask for {{Here N}}"
+        assert (answer[0], int.from_bytes(answer[1][:2])) == (CLOSE, 1012)
         jack = await come_back(away.port, "Jack")
         await listed([away, there], "Jill", "Jack")
         jack.say("hello")
@@ -1242,7 +1242,7 @@ async def test_who_read_what_redis_lost_before_others_has_all_start_over(server)
     async with relayed(server) as relay:
         processes = await start(server, 1, url=relay.url, alive=1)
         processes += await start(server, 2, alive=1)
-        author, reader, late = processes
+        _, reader, late = processes
         async with coming(
             [Page(f"user{i}", processes.__getitem__, i) for i in range(3)]
         ) as pages:
@@ -1266,7 +1266,9 @@ async def test_who_read_what_redis_lost_before_others_has_all_start_over(server)
                 page.say()
             await until(lambda: all(page.number == numbers[0] + 3 for page in pages))
             assert pages[0].heard[-3:] == pages[1].heard[-3:] == pages[2].heard[-3:]
-            assert "The stream has lost a part" in author.log() + late.log()
+            # Who is late may have been sent what was lost, or lack it: it starts over anyway.
+            for process in processes:
+                assert "the users of this process have to come back" in process.log()
             assert "The stream has lost a part" in reader.log()
 
 
