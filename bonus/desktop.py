@@ -83,11 +83,12 @@ class Stay:
         self.pause = 0  # seconds; while there is none, there is no coming back
         self.news: deque[tuple[Any, ...]] = deque()  # method, arguments
         self.users_changed = asyncio.Event()
+        self.is_over = False  # logged off
         self.running = asyncio.run_coroutine_threadsafe(self.run(), window.loop)
 
     async def run(self) -> None:
         """Be in the room, and come back to it, until refused or let go for good."""
-        while True:
+        while not self.is_over:
             for_good, reason = await self.connect()
             if for_good or not self.pause:
                 return self.news.append((self.window.leave, reason))
@@ -101,7 +102,9 @@ class Stay:
         """Be in the room over one connection; return whether it is for good, and why."""
         patience = aiohttp.ClientTimeout(PATIENCE)
         try:
-            # Each has a session, whose end is that of all its connections, dead ones too.
+            # Each has a session, whose end is that of all its connections, dead ones too. It
+            # is also what tells that all is over: aiohttp (3.14) loses a cancellation that
+            # comes together with a time limit of its own.
             async with aiohttp.ClientSession(timeout=patience) as self.http:
                 self.socket = await self.enter()
                 self.pause = FIRST_PAUSE
@@ -216,10 +219,11 @@ class Stay:
 
     async def list_users(self) -> None:
         """Bring the users after each notice, by one request at a time."""
-        while await self.users_changed.wait():
+        http = self.http  # which may end before the task, see connect()
+        while await self.users_changed.wait() and not http.closed:
             self.users_changed.clear()
             try:
-                async with self.http.get(f"{self.url}/?getUsers2=1") as answer:
+                async with http.get(f"{self.url}/?getUsers2=1") as answer:
                     answer.raise_for_status()
                     users = (await answer.text()).splitlines()
                 self.news.append((self.window.show_users, users))
@@ -232,6 +236,7 @@ class Stay:
         if self.socket:
             closing = asyncio.create_task(self.socket.close())
             await asyncio.wait([closing], timeout=CLOSE)
+        self.is_over = True
         self.running.cancel()
 
 

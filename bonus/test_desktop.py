@@ -820,6 +820,22 @@ def test_a_line_that_goes_dark_is_noticed_without_a_word(
     assert desk.text == "\tMary: missed"  # nobody knows when
 
 
+def test_nothing_of_a_connection_runs_on_when_its_time_limits_pass_together(
+    desks, line, impatient
+):
+    desk = desks(line.port)
+    desk.log_in()
+    desk.until(lambda: desk.users == ["Jack"])
+    line.darken()
+    desk.say("two")
+    desk.press("Refresh")
+    desk.for_seconds(0.1)
+    desk.window.loop.call_soon_threadsafe(time.sleep, 1)  # as if the computer slept
+    desk.until_shown("trying again in")
+    desk.until_said("Jack: two")
+    # And at its end, the desk looks whether anything still runs.
+
+
 def test_who_only_listens_to_a_line_that_lives_is_left_in_peace(
     desks, line, room, mary, impatient
 ):
