@@ -376,7 +376,7 @@ def admit(request: web.Request) -> User:
         user.key, user.turn = key[1], int(key[2] or 0)
     with suppress(ValueError):  # not an integer: as if it were not there
         user.after = int(query.get("after", ""))
-    # A browser does not tell why a WebSocket failed: pages ask again by plain HTTP.
+    # First, since a page asks by plain HTTP why its WebSocket failed: browsers do not tell.
     if not request.app[ROOM].is_free_for(user):
         raise web.HTTPConflict(text=f"User {name} already logged in")
     with suppress(ValueError):  # which aiohttp raises for a header that is not ASCII

@@ -58,9 +58,7 @@ class Entry(NamedTuple):
     author: str
     number: int  # one more than that of its author's entry before
     seen: str  # the position of the entry that its author had read last
-    last: (
-        int | None
-    )  # the count of all at `seen`; None: its author asks what the room is
+    last: int | None  # the count of all at `seen`; None: its author asks for the room
     words: list[Any]
     said: list[bytes]  # texts
 
@@ -138,9 +136,7 @@ class Stream:
                     raise Lost("The stream fell back")
                 if self.is_at_end:
                     self.all_read.set()
-                wait = (
-                    2000 if self.is_at_end else None
-                )  # milliseconds, fewer than ANSWER
+                wait = 2000 if self.is_at_end else None  # milliseconds; below ANSWER
                 xread, since = self.redis.xread, {self.name: self.position}
                 for _, fetched in await self.ask(xread, since, count=COUNT, block=wait):
                     self.fetched.extend(fetched)

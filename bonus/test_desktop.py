@@ -1005,6 +1005,24 @@ def test_a_log_off_ends_the_attempts(jack, room):
     assert jack.enabled() == {"Login"}
 
 
+def test_a_log_off_ends_an_attempt_whose_time_limit_passes_with_it(
+    desks, line, room, impatient
+):
+    desk = desks(line.port)
+    desk.log_in()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(LIMIT)
+        line.cut(silent.getsockname()[1])
+        with silent.accept()[0]:  # so the attempt waits for an answer
+            stay = desk.stay
+            stay.running.add_done_callback(lambda _: time.sleep(1))  # all are due then
+            line.there = room.port
+            desk.press("Log off")
+            desk.until(stay.running.done)
+    assert room.users() == []
+    # And at its end, the desk looks whether anything still runs.
+
+
 def test_the_pauses_grow_up_to_the_longest(jack, room, monkeypatch):
     ranges, pauses, sleep = [], [], asyncio.sleep
 
