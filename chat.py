@@ -1,8 +1,8 @@
 """The smallest real chat: one room over WebSockets (RFC 6455), at http://localhost:8080.
 
-Messages have numbers; pages count along. The last messages are kept. Each user has a place: the
-number of the last message written to its connection. A slow reader goes on from its place; a
-user who lost the connection and comes back, from the last message that it heard.
+Messages have numbers, and pages count them, too. The last messages are kept. Each user has a
+place: the number of the last message written to its connection. A slow reader goes on from its
+place; a user who lost the connection and comes back, from the last message that it heard.
 
 Read from the top. Chapters 1 to 3 are the chat. Chapters 4 and 5 handle what goes wrong in a
 simple one: a user reads slowly, or loses the connection. Chapters 6 and 7 can wait: who may
@@ -46,7 +46,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 room.answer(user)
     finally:
         room.leave(user)
-        # aiohttp closes the connection on return, but waits for a peer that reads nothing.
+        # On return, aiohttp closes the transport, which waits for a peer that reads nothing.
         asyncio.get_running_loop().call_later(2, cut_off, user.transport)
     return user
 
@@ -96,10 +96,11 @@ class User(web.WebSocketResponse):
             price = 4 * KIB  # a question or a ping has a write of its own
             if kind is WSMsgType.TEXT:
                 data, price = data.encode(), 64  # even an empty text is work
+                yield kind, data
+            elif kind is WSMsgType.BINARY:
+                yield kind, data
             elif kind is WSMsgType.PING and self.is_ready():
                 self.transport.write(frame(WSMsgType.PONG, data))
-            if kind in (WSMsgType.TEXT, WSMsgType.BINARY):
-                yield kind, data
             await self.pay(price + len(data))
 
     async def pay(self, size: int) -> None:
@@ -114,7 +115,7 @@ class User(web.WebSocketResponse):
         """Close `old`, which had the name, and go on with its token bucket as it is."""
         self.credit, self.paid_at = old.credit, old.paid_at
         closing = old.close(code=1000, message=b"logged in again elsewhere")
-        self.closing = asyncio.create_task(closing)  # or it may be collected
+        self.closing = asyncio.create_task(closing)  # kept, or it may be collected
 
     def is_ready(self) -> bool:
         """Tell whether this is open, and the kernel has taken all that was written."""
@@ -122,7 +123,7 @@ class User(web.WebSocketResponse):
         return not (transport.get_write_buffer_size() or transport.is_closing())
 
     def here(self) -> bytes:
-        """Return a frame, without a number, that tells the place: pages count on from it."""
+        """Return a frame, not counted itself, that tells the place: pages count on from it."""
         return frame(WSMsgType.TEXT, b"{{Here %d}}" % self.place)
 
 
@@ -134,9 +135,9 @@ def cut_off(transport: asyncio.Transport) -> None:
 
 # 3. The room: who is here, and what was said
 
-# Bytes. A batch is written once it is above this, by one message at most: below 64 KiB.
-# Above 64 KiB in a transport, asyncio pauses the writer, and aiohttp's close() may hang.
-MAX_BATCH = 44 * KIB
+# A batch above so many bytes is written at once. With its last message, it is below 64 KiB:
+# with more in a transport, asyncio pauses the writer, and aiohttp's close() may hang.
+FULL_BATCH = 44 * KIB
 MAX_WAIT = 0.02  # seconds that a batch waits for more
 MAX_KEPT = 4 * MIB  # bytes of messages that are kept
 
@@ -164,7 +165,8 @@ class Room:
         self.size = 0  # bytes in them, and 64 more for each, since Python adds some
         # From the clock, in microseconds, so that no number comes again after a restart.
         self.last = time.time_ns() // 1000  # the number of the last message
-        # Messages up to `forgotten` are gone, and those after `flushed` are the batch.
+        # Messages up to `forgotten` are gone. Those after `flushed` are the batch: they are
+        # kept, too, but not written to anyone yet. While there is one, a flush is to come.
         self.forgotten = self.flushed = self.last
         self.batch = bytearray()
         self.flushing: asyncio.Task[None] | None = None  # it waits for more
@@ -204,7 +206,7 @@ class Room:
             self.forgotten += 1
             self.size -= 64 + len(self.messages.pop(self.forgotten))
         self.batch += message
-        if len(self.batch) > MAX_BATCH:
+        if len(self.batch) > FULL_BATCH:
             self.flush()
         elif not self.flushing:
             self.flushing = asyncio.create_task(self.flush_soon())
@@ -223,14 +225,14 @@ class Room:
         self.flush()
 
     def flush(self) -> None:
-        """Write notice and batch to all who are up to date and ready; others catch up."""
+        """Write the batch to all who are up to date and ready; the others catch up."""
         batch, start = bytes(self.batch), self.flushed
         self.batch, self.flushed = bytearray(), self.last
         for user in self.users.values():
             if user.place == start and user.is_ready() and not user.answer_at:
-                user.transport.write(NOTICE + batch if user.has_old_list else batch)
-                user.place, user.has_old_list = self.last, False
-            elif user.place:  # behind, ahead, or owed an answer; 0: before begin()
+                user.transport.write(batch)
+                user.place = self.last
+            else:
                 self.catch_up(user)
 
     def changed(self, name: str, how: str) -> None:
@@ -245,7 +247,7 @@ class Room:
         self.announcing = None
         for user in self.users.values():
             user.has_old_list = True
-        self.flush()
+            self.catch_up(user)
 
     async def close(self, code: int, reason: str) -> None:
         """Log everyone off; takes 2 s at most, the `timeout` of a user."""
@@ -263,8 +265,8 @@ class Room:
     # no more than its place: the messages are kept in the room, once for all.
 
     def catch_up(self, user: User) -> None:
-        """Start a task that writes what `user` lacks, unless one runs."""
-        if not user.catching_up:
+        """Start a task that writes what `user` lacks, unless one runs; not before begin()."""
+        if user.place and not user.catching_up:
             user.catching_up = asyncio.create_task(self.write_rest(user))
 
     async def write_rest(self, user: User) -> None:
@@ -286,9 +288,9 @@ class Room:
             user.catching_up = None
 
     def take_piece(self, user: User) -> bytearray:
-        """Move the place of `user` by 16 KiB, or 256 messages, and return these.
+        """Return what `user` lacks, 16 KiB or 256 messages at a time, and move its place.
 
-        Not the batch: flush() writes it, or calls catch_up() again.
+        Not the batch: the flush to come writes it, or calls catch_up() again.
         """
         piece = bytearray(NOTICE if user.has_old_list else b"")
         user.has_old_list = False
@@ -339,7 +341,7 @@ class Room:
         """Give `user` its place: the end, or `after`; -50 is 50 before the end."""
         user.place = self.last
         if user.after is not None:
-            number = user.after + (self.last if user.after < 0 else 0)
+            number = user.after if user.after >= 0 else self.last + user.after
             user.place = min(max(number, self.forgotten), self.last)
             user.transport.write(user.here())
         self.catch_up(user)

@@ -96,7 +96,7 @@ class ClusterRoom(chat.Room):
 
     async def say(self, user: chat.User, text: bytes) -> None:
         """Have everyone hear it; while Redis is slow, wait, so that memory is bounded."""
-        while self.draft.size > chat.MAX_BATCH:
+        while self.draft.size > chat.FULL_BATCH:
             await self.draft.taken.wait()
         if self.users.get(user.name) is user:
             line = user.name.encode() + b": " + text + END
