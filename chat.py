@@ -1,8 +1,8 @@
 """The smallest real chat: one room over WebSockets (RFC 6455), at http://localhost:8080.
 
-Messages have numbers, and pages count them, too. The last messages are kept. Each user has a
-place: the number of the last message written to its connection. A slow reader goes on from its
-place; a user who lost the connection and comes back, from the last message that it heard.
+Messages are numbered; the numbers are not sent, but pages count. The last messages are kept.
+Each user has a place: the number of the last message written to its connection. A slow reader
+goes on from its place; a user who comes back, from the last message that its page has heard.
 
 Read from the top. Chapters 1 to 3 are the chat. Chapters 4 and 5 handle what goes wrong in a
 simple one: a user reads slowly, or loses the connection. Chapters 6 and 7 can wait: who may
@@ -35,7 +35,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     """Log a user in, pass on what is said, log the user off: a task for each connection."""
     room = request.app[ROOM]
     user = admit(request)  # a WebSocketResponse, or raises an HTTP error
-    await room.enter(user)  # does not wait: the name is still as admit() saw it
+    await room.enter(user)  # never suspends: the name is still as admit() saw it
     try:
         await user.prepare(request)  # answers the handshake: now it is a WebSocket
         room.begin(user)
@@ -46,7 +46,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 room.answer(user)
     finally:
         room.leave(user)
-        # On return, aiohttp closes the transport, which waits for a peer that reads nothing.
+        # On return, aiohttp closes the transport. If the peer reads nothing, that never ends.
         asyncio.get_running_loop().call_later(2, cut_off, user.transport)
     return user
 
@@ -89,7 +89,7 @@ class User(web.WebSocketResponse):
 
     async def read(self) -> AsyncIterator[tuple[WSMsgType, bytes]]:
         """Yield the kind and the bytes of each text and binary message; answer pings."""
-        await self.pay(0)  # first the debt of the connection that this replaced
+        await self.pay(0)  # the debt of the connection that this replaced, if it did
         async for kind, data, _ in self:
             if kind is WSMsgType.ERROR:
                 return  # a broken frame, or no pong: aiohttp has closed the connection
@@ -112,10 +112,10 @@ class User(web.WebSocketResponse):
             await asyncio.sleep(-self.credit / RATE)
 
     def replace(self, old: "User") -> None:
-        """Close `old`, which had the name, and go on with its token bucket as it is."""
+        """Close `old`, which had the name, and take over its token bucket."""
         self.credit, self.paid_at = old.credit, old.paid_at
         closing = old.close(code=1000, message=b"logged in again elsewhere")
-        self.closing = asyncio.create_task(closing)  # kept, or it may be collected
+        self.closing = asyncio.create_task(closing)  # asyncio does not keep it
 
     def is_ready(self) -> bool:
         """Tell whether this is open, and the kernel has taken all that was written."""
@@ -135,8 +135,8 @@ def cut_off(transport: asyncio.Transport) -> None:
 
 # 3. The room: who is here, and what was said
 
-# A batch above so many bytes is written at once. With its last message, it is below 64 KiB:
-# with more in a transport, asyncio pauses the writer, and aiohttp's close() may hang.
+# Bytes; a larger batch is written right away. It is still below 64 KiB with its last message:
+# above that, asyncio pauses writers, and aiohttp's close() may hang.
 FULL_BATCH = 44 * KIB
 MAX_WAIT = 0.02  # seconds that a batch waits for more
 MAX_KEPT = 4 * MIB  # bytes of messages that are kept
@@ -153,9 +153,6 @@ def frame(kind: WSMsgType, payload: bytes) -> bytes:
     return bytes([0x80 | kind, *length]) + payload  # 0x80: no fragment follows
 
 
-NOTICE = frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
-
-
 class Room:
     """Who is logged in, and the last messages."""
 
@@ -165,8 +162,8 @@ class Room:
         self.size = 0  # bytes in them, and 64 more for each, since Python adds some
         # From the clock, in microseconds, so that no number comes again after a restart.
         self.last = time.time_ns() // 1000  # the number of the last message
-        # Messages up to `forgotten` are gone. Those after `flushed` are the batch: they are
-        # kept, too, but not written to anyone yet. While there is one, a flush is to come.
+        # Messages up to `forgotten` are gone. Those after `flushed` are the batch: kept, too,
+        # but written to nobody before the next flush.
         self.forgotten = self.flushed = self.last
         self.batch = bytearray()
         self.flushing: asyncio.Task[None] | None = None  # it waits for more
@@ -232,7 +229,7 @@ class Room:
             if user.place == start and user.is_ready() and not user.answer_at:
                 user.transport.write(batch)
                 user.place = self.last
-            else:
+            else:  # behind, owed an answer, or logged in while the batch gathered
                 self.catch_up(user)
 
     def changed(self, name: str, how: str) -> None:
@@ -252,9 +249,10 @@ class Room:
     async def close(self, code: int, reason: str) -> None:
         """Log everyone off; takes 2 s at most, the `timeout` of a user."""
         self.flush()
-        for user in (users := list(self.users.values())):
+        closing = []
+        for user in list(self.users.values()):
             self.leave(user, "was let go: " + reason)
-        closing = (u.close(code=code, message=reason.encode()) for u in users)
+            closing.append(user.close(code=code, message=reason.encode()))
         await asyncio.gather(*closing)
 
     # 4. Who reads slowly
@@ -265,7 +263,7 @@ class Room:
     # no more than its place: the messages are kept in the room, once for all.
 
     def catch_up(self, user: User) -> None:
-        """Start a task that writes what `user` lacks, unless one runs; not before begin()."""
+        """Start a task that writes what `user` lacks, unless it has one, or no place yet."""
         if user.place and not user.catching_up:
             user.catching_up = asyncio.create_task(self.write_rest(user))
 
@@ -277,7 +275,8 @@ class Room:
                     # It keeps no count, so it would not notice what it has missed.
                     self.leave(user, "was let go: too far behind")
                     cut_off(user.transport)
-                elif not user.is_ready():  # polled: the callback is aiohttp's
+                elif not user.is_ready():
+                    # Polled, as asyncio tells aiohttp alone; 10,000 times a second by all.
                     await asyncio.sleep(max(0.01, len(self.users) / 10_000))
                 elif piece := self.take_piece(user):
                     user.transport.write(piece)
@@ -290,10 +289,12 @@ class Room:
     def take_piece(self, user: User) -> bytearray:
         """Return what `user` lacks, 16 KiB or 256 messages at a time, and move its place.
 
-        Not the batch: the flush to come writes it, or calls catch_up() again.
+        The batch waits for the next flush, which writes it or calls catch_up() again.
         """
-        piece = bytearray(NOTICE if user.has_old_list else b"")
-        user.has_old_list = False
+        piece = bytearray()
+        if user.has_old_list:
+            user.has_old_list = False
+            piece += frame(WSMsgType.TEXT, b"{{RefreshUsers}}")
         if user.place < self.forgotten:
             # Go on with the newer half: the oldest would soon be forgotten, too.
             user.place = self.last - len(self.messages) // 2
@@ -314,8 +315,8 @@ class Room:
     # 1. The page keeps each text until it is echoed. After some silence it sends a question,
     #    a binary frame. If no answer comes, the connection is dead.
     # 2. It opens another one, with `after`, the number that it has counted to, and with `key`,
-    #    a secret of its own. So the new connection has the name, even if the old one had it.
-    # 3. From now on, say() drops what is read from the old connection. What was read before
+    #    a secret of its own. With that, the new connection takes the name over.
+    # 3. From then on, say() drops what is read from the old connection. What was read before
     #    has a number.
     # 4. The page asks again, and says nothing until the answer. That comes after all that had
     #    a number when it asked. So a text that was not echoed by then has none: the page
@@ -339,7 +340,7 @@ class Room:
 
     def begin(self, user: User) -> None:
         """Give `user` its place: the end, or `after`; -50 is 50 before the end."""
-        user.place = self.last
+        user.place = self.last  # the batch was said before it came
         if user.after is not None:
             number = user.after if user.after >= 0 else self.last + user.after
             user.place = min(max(number, self.forgotten), self.last)
@@ -356,8 +357,8 @@ ROOM = web.AppKey("room", Room)
 
 # 6. Who may come in, and who may reset
 
-# Not isprintable(), but allowed inside a name: the wide space of Japanese, and what joins
-# Persian letters, or several emoji to one.
+# Not printable, but allowed inside a name: the wide space of Japanese, and what joins Persian
+# letters, or several emoji to one.
 JOINER = re.compile("[\u3000\u200c\u200d]")
 KEY = re.compile(r"(.+?)(?:\.(-?\d{1,15}))?", re.DOTALL)  # KEY or KEY.TURN
 
@@ -378,7 +379,7 @@ def admit(request: web.Request) -> User:
         user.key, user.turn = key[1], int(key[2] or 0)
     with suppress(ValueError):  # not an integer: as if it were not there
         user.after = int(query.get("after", ""))
-    # First, since a page asks by plain HTTP why its WebSocket failed: browsers do not tell.
+    # Before the next check: a page asks by plain HTTP why it was refused; browsers do not tell.
     if not request.app[ROOM].is_free_for(user):
         raise web.HTTPConflict(text=f"User {name} already logged in")
     with suppress(ValueError):  # which aiohttp raises for a header that is not ASCII
@@ -401,7 +402,7 @@ def is_cross_origin(request: web.Request) -> bool:
 def from_operator(request: web.Request) -> bool:
     """Tell whether somebody on this machine, and no page, sent `request`."""
     headers = request.headers
-    # Proxies add these; the last is of a browser that prefetches for a page.
+    # Proxies add these; the last one, a browser that prefetches for a page.
     marks = ["Forwarded", "X-Forwarded-For", "X-Real-IP", "Via", "Sec-Purpose"]
     marked = any(mark in headers for mark in marks) or is_cross_origin(request)
     # "none": typed. A link that was said in the chat has "same-origin". curl sends nothing.
@@ -478,7 +479,8 @@ def serve(app: web.Application, host: str, port: int) -> None:
         from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
         # A page has two connections at times, and the usual soft limit is 1,024.
-        setrlimit(RLIMIT_NOFILE, (getrlimit(RLIMIT_NOFILE)[1],) * 2)
+        _, hard = getrlimit(RLIMIT_NOFILE)
+        setrlimit(RLIMIT_NOFILE, (hard, hard))
     try:
         web.run_app(
             app,

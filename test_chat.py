@@ -603,8 +603,8 @@ class TestProtocol:
     async def test_a_question_is_answered_in_order_with_the_messages(self, port):
         jill, jack = await login(port, "Jill", "Jack")
         place = await jack.where()
-        jack.say("one", "two")
-        jack.send(BINARY, b"what it says does not matter")
+        question = frame(BINARY, b"what it says does not matter")
+        jack.writer.write(frame(TEXT, b"one") + frame(TEXT, b"two") + question)
         assert await jack.hear(2) == ["Jack: one", "Jack: two"]
         assert await jack.here() == place + 2
         jack.send(BINARY, count=30)  # may have one answer
