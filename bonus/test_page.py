@@ -550,6 +550,42 @@ class TestPage(WithLines):
         await timed.say("end")
         assert await jill.hear() == ["Jack: end"]
 
+    @pytest.mark.parametrize("way", ["up", "down"])
+    async def test_what_is_unheard_at_a_reload_is_heard_once(
+        self, jack, jill, line, way
+    ):
+        await jack.say("one")
+        await jack.hears("one")
+        line.fail("dark", way, links=line.sockets())
+        await jack.say("one", "one", "two")
+        said = ["Jack: one"] * 3 + ["Jack: two"]
+        if way == "down":
+            assert await jill.hear(4) == said
+        await jack.page.reload()
+        await jack.hears("one", "one", "one", "two")
+        # A copy of the tab would have these.
+        assert await jack.run("sessionStorage.unheard") == "[]"
+        await jack.hide(True)
+        await jack.hide(False)
+        assert await jack.run("sessionStorage.unheard") == "[]"
+        await jack.page.reload()
+        await jack.online()
+        await jack.say("end")
+        await jack.hears("one", "one", "one", "two", "end")
+        await expect(jack.box).to_have_value("")
+        assert await jill.hear_to("Jack: end") == said * (way == "up") + ["Jack: end"]
+
+    async def test_after_more_than_a_reload_brings_back_it_is_returned(
+        self, jack, jill, line
+    ):
+        line.fail("dark", "down", links=line.sockets())
+        await jack.say("one")
+        jill.say(*map(str, range(50)))
+        await jill.hear(51)
+        await jack.page.reload()
+        await expect(jack.box).to_have_value("one")
+        await jack.hears(*map(str, range(50)))
+
     async def test_what_an_old_one_still_brings_is_ignored(self, jack, jill, line):
         line.fail("frozen", "down")
         jill.say("once")
@@ -694,6 +730,11 @@ class TestPage(WithLines):
             await jack.network_changes()
         await expect(jack.users).to_have_text(["Jack", "Joe"])
         assert 0 not in await jack.run("counts")
+
+    async def test_a_list_that_fails_at_a_reload_comes_with_the_login(self, jack):
+        await jack.page.route("**/?getUsers2=1", lambda it: it.abort(), times=1)
+        await jack.page.reload()
+        await expect(jack.users).to_have_text(["Jack"])
 
     async def test_a_hidden_tab_counts_and_other_scripts_hear(self, tab, jill, line):
         await tab.run(
@@ -1057,6 +1098,19 @@ class TestEngines(WithLines):
             await jack.shows("#status", "Online")
         await jack.shows("#log p", *["missed"] * 3)
         await jack.shows("#log time")  # none
+        for way in "up", "down":
+            line.fail("dark", way, links=line.sockets())
+            await jack.press("said " + way + ENTER)
+            if way == "down":
+                assert await jill.hear() == ["Jack: said down"]
+            await jack.go(f"http://127.0.0.1:{line.port}")
+            await jack.shows("#status", "Online")
+            if way == "up":
+                assert await jill.hear() == ["Jack: said up"]
+        await jack.press("end" + ENTER)
+        assert await jill.hear() == ["Jack: end"]
+        texts = ["missed"] * 3 + ["said up", "said down", "end"]
+        await jack.shows("#log p", *texts)
 
     async def test_after_a_loss_all_that_was_said_is_heard_once(self, jack, jill, line):
         line.fail("dark")
