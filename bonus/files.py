@@ -229,7 +229,8 @@ class Download(web.FileResponse):
 async def download(request: web.Request) -> web.FileResponse:
     """Answer with a file, of which nothing can run, as what its name says it is."""
     file = await asyncio.to_thread(request.app[FILES].open, request.match_info["id"])
-    kind, encoding = mimetypes.guess_type(request.match_info["name"], strict=False)
+    path = "./" + request.match_info["name"]  # a name alone might be taken for a URL
+    kind, encoding = mimetypes.guess_type(path, strict=False)
     headers = {
         "Content-Security-Policy": "sandbox",
         "X-Content-Type-Options": "nosniff",

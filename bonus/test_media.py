@@ -221,6 +221,17 @@ async def test_pictures_sound_films_and_plain_text_are_shown_all_else_is_downloa
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["data:image%2FSVG%2Bxml,", "data:image%2Fx%00,", "%2F%2F%5B", "x:%2F%2F%5B"],
+)
+async def test_a_link_with_a_url_for_a_name_is_downloaded(client, name):
+    folder, _, _ = (await attach(client, b"<svg>", "a.png")).rpartition("/")
+    response = await client.get(URL(f"{folder}/{name}", encoded=True))
+    assert (response.status, response.content_type) == (200, "application/octet-stream")
+    assert response.headers["Content-Disposition"] == "attachment"
+
+
+@pytest.mark.parametrize(
     ("name", "kept"),
     [
         ("../../x", "x"),
