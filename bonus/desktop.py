@@ -227,7 +227,7 @@ class Stay:
                     answer.raise_for_status()
                     users = (await answer.text()).splitlines()
                 self.news.append((self.window.show_users, users))
-            except (aiohttp.ClientError, OSError):
+            except (aiohttp.ClientError, OSError, ValueError):  # or it is no UTF-8
                 await asyncio.sleep(FIRST_PAUSE)
                 self.users_changed.set()
 

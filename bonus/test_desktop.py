@@ -758,11 +758,12 @@ def test_a_burst_of_notices_costs_two_requests_one_after_the_other(desk, room):
     desk.until(lambda: desk.users == ["answer 3"])
 
 
-def test_a_list_that_could_not_be_got_is_asked_for_again(desk, room, impatient):
+@pytest.mark.parametrize("how", [{"status": 500}, {"body": b"J\xfcrgen"}])  # Latin-1
+def test_a_list_that_could_not_be_got_is_asked_for_again(desk, room, impatient, how):
     async def fail_once(request):
         if "getUsers2" in request.query:
             room.instead = None
-            return web.Response(status=500)
+            return web.Response(**how)
 
     room.instead = fail_once
     desk.log_in()
