@@ -204,9 +204,12 @@ class ClusterRoom(chat.Room):
 
     async def obey(self, entry: Entry) -> None:
         """Do what `entry` says, its messages first; raise StartOver if that cannot be."""
-        if not await self.stream.is_next(entry):
-            return
         authors = self.stream.authors
+        if not await self.stream.is_next(entry):
+            # It was gone, or its first entry is lost: it has to know.
+            if self.knows and entry.author not in authors:
+                self.append("gone", entry.author, "is not known")
+            return
         ours = order(entry.seen) >= order(self.founded)  # the room was founded by then
         if ours and entry.seen == entry.before and entry.last not in (None, self.last):
             raise Lost("Others have other messages")

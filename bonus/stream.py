@@ -150,11 +150,15 @@ class Stream:
     async def is_next(self, entry: Entry) -> bool:
         """Tell whether to do what `entry` says, or raise StartOver: there is a hole."""
         number, position = self.authors.get(entry.author, (0, ""))
+        xrange = self.redis.xrange
         # Its author has read what is not here, or its own entries have a hole.
         if order(entry.before) < order(entry.seen) or 0 < number < entry.number - 1:
-            raise Missed("A part of the stream is missing")
+            oldest = await self.ask(xrange, self.name, count=1)
+            # What is missing was dropped if that is younger than what was read, else lost.
+            dropped = oldest and order(oldest[0][0].decode()) > order(entry.before)
+            fault = Missed if dropped else Lost
+            raise fault("A part of the stream is missing")
         is_second = 0 < number == entry.number
-        xrange = self.redis.xrange
         if is_second and not await self.ask(xrange, self.name, position, position):
             # The first is gone, and others have only this one.
             raise Lost("The stream has lost a part")
@@ -195,7 +199,7 @@ class Stream:
 
         If to wait does not help, raise OSError.
         """
-        name, logged = command.__name__, ""
+        name, logged = command.__name__, set[str]()
         while True:
             fault: BaseException | None = None
             try:
@@ -213,9 +217,9 @@ class Stream:
             told = isinstance(fault, (ResponseError, AuthenticationError))
             if told and code in HOPELESS:
                 raise OSError(f"Redis, {name}: {what}")
-            if what != logged:
+            if what not in logged:
                 log.warning("Redis, %s: %s", name, what)
-                logged = what
+                logged.add(what)
             if code == "OOM":  # which forbids XADD, but not to drop one half
                 half = await self.ask(self.redis.xlen, self.name) // 2
                 # If that may be approximate, Redis may drop nothing at all.
