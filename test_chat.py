@@ -802,6 +802,8 @@ async def test_what_many_did_not_take_is_kept_once_and_not_for_ever(port, room):
     assert tracemalloc.get_traced_memory()[0] < 20 * 2**20  # copies would be 70 MiB
     tracemalloc.stop()
     user = weakref.ref(room.users["19"])
+    jills = room.users["Jill"]  # who is not to be behind
+    await until("quiet", lambda: not (room.announcing or jills.catching_up))
     for _ in range(70_000):  # empty ones, which need memory, too
         room.add(b"")
     await jill.told("Jill")
