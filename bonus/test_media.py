@@ -21,6 +21,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
 import wave
 from asyncio.subprocess import PIPE, STDOUT, Process
@@ -497,9 +498,11 @@ def pass_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
 # The server as a process
 
 
-async def start(*options: str, cwd: Path = HERE) -> Process:
+async def start(*options: str, cwd: Path = HERE, **environment: str) -> Process:
     command = [sys.executable, str(cwd / "media.py"), "--host", "127.0.0.1", *options]
-    return await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
+    return await asyncio.create_subprocess_exec(
+        *command, stdout=PIPE, stderr=PIPE, env=os.environ | environment
+    )
 
 
 async def failure(*options: str, cwd: Path = HERE) -> tuple[int | None, str]:
@@ -518,15 +521,16 @@ def free_port() -> int:
 @asynccontextmanager
 async def running(port: int, *options: str) -> AsyncIterator[Process]:
     """Run media.py at `port` until the end of the block."""
-    process = await start("--port", str(port), *options)
-    try:
-        assert process.stdout
-        assert b"Running on" in await process.stdout.readline()
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
+    with tempfile.TemporaryDirectory() as folder:  # who is killed leaves its own behind
+        process = await start("--port", str(port), *options, TMPDIR=folder)
+        try:
+            assert process.stdout
+            assert b"Running on" in await process.stdout.readline()
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()
 
 
 async def test_files_in_a_folder_of_ones_own_outlive_the_server(folder):
@@ -559,7 +563,7 @@ async def test_files_in_a_folder_of_ones_own_outlive_the_server(folder):
 async def test_without_a_folder_of_ones_own_the_files_go_with_the_server(
     tmp_path, monkeypatch, signal_
 ):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     port = free_port()
     async with running(port) as process, ClientSession() as http:
         url = f"http://127.0.0.1:{port}"
@@ -570,7 +574,7 @@ async def test_without_a_folder_of_ones_own_the_files_go_with_the_server(
         await until(lambda: len([*tmp_path.rglob("chat-*/*")]) == 2)
         process.send_signal(signal_)
         await asyncio.wait_for(process.wait(), LIMIT)
-        assert list(tmp_path.iterdir()) == []
+        assert [*tmp_path.rglob("chat-*")] == []
         assert process.returncode == 0
         assert process.stderr
         assert b"Traceback" not in await process.stderr.read()
