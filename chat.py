@@ -1,8 +1,8 @@
 """The smallest real chat: one room over WebSockets (RFC 6455), at http://localhost:8080.
 
-Messages are numbered; the numbers are not sent, but pages count. The last messages are kept.
-Each user has a place: the number of the last message written to its connection. A slow reader
-goes on from its place; a user who comes back, from the last message that its page has heard.
+Messages have numbers, which are not sent: pages count, too. The last messages are kept. Each
+user has a place: the number of the last message written to its connection. A slow reader goes
+on from its place; a user who comes back, from the last message that its page has heard.
 
 Read from the top. Chapters 1 to 3 are the chat. Chapters 4 and 5 handle what goes wrong in a
 simple one: a user reads slowly, or loses the connection. Chapters 6 and 7 can wait: who may
@@ -174,7 +174,7 @@ class Room:
         return list(self.users)
 
     async def enter(self, user: User) -> None:
-        """Log `user` in. This never waits; it is async, as say() is, for bonus/cluster.py."""
+        """Log `user` in. This never suspends; it is async, as say() is, for bonus/cluster.py."""
         old = self.users.get(user.name)
         self.users[user.name] = user
         if old is None:
@@ -276,7 +276,7 @@ class Room:
                     self.leave(user, "was let go: too far behind")
                     cut_off(user.transport)
                 elif not user.is_ready():
-                    # Polled, as asyncio tells aiohttp alone; 10,000 times a second by all.
+                    # asyncio tells only aiohttp when, so poll: 10,000 times a second in all.
                     await asyncio.sleep(max(0.01, len(self.users) / 10_000))
                 elif piece := self.take_piece(user):
                     user.transport.write(piece)
@@ -438,7 +438,7 @@ async def page(request: web.Request) -> web.Response:
 
 @web.middleware
 async def fairly(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Let others run before each request; in Python 3.12, thousands would run in one go."""
+    """Let others run before each request: from Python 3.12 on, thousands run in one go."""
     await asyncio.sleep(0)
     return await handler(request)
 

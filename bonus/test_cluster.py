@@ -1302,32 +1302,34 @@ async def test_if_two_went_on_with_two_redis_all_start_over(server, tmp_path):
     folder = tmp_path / "replica"
     folder.mkdir()
     replica = Server(folder, "--replicaof", f"127.0.0.1 {server.port}")
-    async with relayed(server) as near, relayed(server) as far:
-        link = partial(replica.redis.info, "replication")
-        await until(lambda: link()["master_link_status"] == "up", 20)
-        last = await Process.start(server, url=far.url, alive=1)
-        first = await Process.start(server, url=near.url, alive=4)
-        at = {0: first, 1: last, 2: last}
-        pages = [Page(f"user{i}", at.__getitem__, i) for i in range(3)]
-        async with coming(pages) as (zoe, jack, ben):
-            replica.redis.replicaof("NO", "ONE")
-            near.to = replica.port
-            near.cut()
-            jack.say()
-            await until(lambda: ben.heard == ["user1: 0"])
-            zoe.say()
-            await until(lambda: zoe.heard == ["user0: 0"])
-            # And `last` reads on, to a position behind that of what it lacks.
-            ((lacks, _),) = replica.redis.xrevrange(STREAM, count=1)
-            await until(lambda: server.redis.xrange(STREAM, min=lacks)[1:])
-            far.to = replica.port
-            far.cut()
-            jack.say()  # before the other says what it has read
-            await until(lambda: all(page.holes for page in pages), 15)
-            await until(lambda: all(page.peer for page in pages))
-            ben.say()
-            await until(lambda: all("user2: 0" in page.heard for page in pages))
-    replica.kill()
+    try:
+        async with relayed(server) as near, relayed(server) as far:
+            link = partial(replica.redis.info, "replication")
+            await until(lambda: link()["master_link_status"] == "up", 20)
+            last = await Process.start(server, url=far.url, alive=1)
+            first = await Process.start(server, url=near.url, alive=4)
+            at = {0: first, 1: last, 2: last}
+            pages = [Page(f"user{i}", at.__getitem__, i) for i in range(3)]
+            async with coming(pages) as (zoe, jack, ben):
+                replica.redis.replicaof("NO", "ONE")
+                near.to = replica.port
+                near.cut()
+                jack.say()
+                await until(lambda: ben.heard == ["user1: 0"])
+                zoe.say()
+                await until(lambda: zoe.heard == ["user0: 0"])
+                # And `last` reads on, to a position behind that of what it lacks.
+                ((lacks, _),) = replica.redis.xrevrange(STREAM, count=1)
+                await until(lambda: server.redis.xrange(STREAM, min=lacks)[1:])
+                far.to = replica.port
+                far.cut()
+                jack.say()  # before the other says what it has read
+                await until(lambda: all(page.holes for page in pages), 15)
+                await until(lambda: all(page.peer for page in pages))
+                ben.say()
+                await until(lambda: all("user2: 0" in page.heard for page in pages))
+    finally:
+        replica.kill()
 
 
 async def test_who_is_unknown_to_the_others_is_told_so(server):
